@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// Input checks in front of every backend; the twin of eigenprune/ops/_checks.py, with the same messages.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace eigenprune {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws "<op>: <message>". Not STD_TORCH_CHECK, which puts the path of this file on the build machine in the text.
+template <typename... Parts>
+inline void check(bool holds, const char* op, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream text;
+  text << op << ": ";
+  ((text << parts), ...);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape_text(const char* name, const Tensor& tensor) {
+  std::string text = std::string(name) + " [";
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    text += (dim ? ", " : "") + std::to_string(tensor.size(dim));
+  }
+  return text + "]";
+}
+
+inline std::string pair_text(const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
+  return " (" + shape_text(a_name, a) + ", " + shape_text(b_name, b) + ")";
+}
+
+inline const char* dtype_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Long: return "torch.int64";
+    default: return "another dtype";
+  }
+}
+
+inline bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+      dtype == ScalarType::BFloat16;
+}
+
+inline void check_same_kind(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  // The texts are built only when a check fails: this runs once per layer and token.
+  if (tensor.scalar_type() != x.scalar_type()) {
+    check(false, op, name, " and x must have one dtype (", dtype_text(tensor.scalar_type()), ", ",
+          dtype_text(x.scalar_type()), ")");
+  }
+  check(tensor.device() == x.device(), op, name, " and x must be on the same device");
+}
+
+// x [..., in], right [rank, in], left [*, rank], bias [out_features] or none; one dtype, one device.
+inline void check_factors(
+    const char* op, const Tensor& x, const Tensor& right, const Tensor& left, const std::optional<Tensor>& bias,
+    bool left_holds_all_rows) {
+  if (x.dim() < 1) check(false, op, "x must have at least one dimension", pair_text("x", x, "right", right));
+  if (right.dim() != 2 || left.dim() != 2) {
+    check(false, op, "right and left must be matrices", pair_text("right", right, "left", left));
+  }
+  if (x.size(x.dim() - 1) != right.size(1)) {
+    check(false, op, "the last dimension of x must equal the columns of right", pair_text("x", x, "right", right));
+  }
+  if (left.size(1) != right.size(0)) {
+    check(false, op, "the columns of left must equal the rows of right", pair_text("right", right, "left", left));
+  }
+  const int64_t out_features = left.size(0) + (left_holds_all_rows ? 0 : right.size(0));
+  if (bias.has_value() && (bias->dim() != 1 || bias->size(0) != out_features)) {
+    check(false, op, "bias must be [", out_features, "]", pair_text("left", left, "bias", *bias));
+  }
+  if (!is_supported(x.scalar_type())) {
+    check(false, op, "x must be float32, bfloat16, float16 or float64, not ", dtype_text(x.scalar_type()));
+  }
+  check_same_kind(op, "right", right, x);
+  check_same_kind(op, "left", left, x);
+  if (bias.has_value()) check_same_kind(op, "bias", *bias, x);
+}
+
+// pivots int32 [rank] on the device of x. The values are checked where they are read.
+inline void check_pivot_shape(const char* op, const Tensor& right, const Tensor& pivots, const Tensor& x) {
+  if (pivots.dim() != 1 || pivots.size(0) != right.size(0)) {
+    check(false, op, "pivots must be [rank]", pair_text("right", right, "pivots", pivots));
+  }
+  check(pivots.scalar_type() == ScalarType::Int, op, "pivots must be torch.int32, not ",
+        dtype_text(pivots.scalar_type()));
+  check(pivots.device() == x.device(), op, "pivots and x must be on the same device");
+}
+
+}  // namespace eigenprune

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// eigenprune.ops._build_info: facts fixed at build time and the features of this CPU. Nothing about tensors: the
+// operators live in another shared library, so that this file alone depends on the version of Python.
+
+#include <pybind11/pybind11.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace py = pybind11;
+
+#ifndef EIGENPRUNE_CUDA_ARCHITECTURES
+#define EIGENPRUNE_CUDA_ARCHITECTURES ""
+#endif
+#ifndef EIGENPRUNE_SANITIZERS
+#define EIGENPRUNE_SANITIZERS ""
+#endif
+
+namespace {
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["compiler"] = __VERSION__;
+  facts["cxx_standard"] = static_cast<long>(__cplusplus);
+  facts["torch_version"] = EIGENPRUNE_TORCH_VERSION;                // the torch whose headers were used
+  facts["torch_target"] = "2.10";                                   // the oldest torch this build promises to run on
+  facts["cuda_architectures"] = EIGENPRUNE_CUDA_ARCHITECTURES;      // "80,90,100", or "" without CUDA
+  facts["sanitizers"] = EIGENPRUNE_SANITIZERS;
+  return facts;
+}
+
+// True when the processor has it and, for the AVX family, when the operating system saves its registers.
+py::dict cpu_features() {
+  py::dict features;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  features["avx2"] = static_cast<bool>(__builtin_cpu_supports("avx2"));
+  features["avx512f"] = static_cast<bool>(__builtin_cpu_supports("avx512f"));
+  features["avx512_bf16"] = static_cast<bool>(__builtin_cpu_supports("avx512bf16"));
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool has_leaf = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0;
+  features["amx_bf16"] = has_leaf && (edx >> 22 & 1u) != 0;  // Intel SDM volume 2A, CPUID leaf 7, EDX bit 22
+  features["amx_tile"] = has_leaf && (edx >> 24 & 1u) != 0;  // EDX bit 24
+#endif
+  return features;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_build_info, module) {
+  module.doc() = "How the eigenprune extension was built, and what this CPU can do.";
+  module.def("build_facts", &build_facts, "Facts fixed when the extension was compiled.");
+  module.def("cpu_features", &cpu_features, "Instruction sets of this CPU that matter for matrix products.");
+}

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics on disk: what names them, and how a killed run goes on."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from eigenprune.calibrate.accumulate import Accumulator
+
+CACHE_VERSION = 1
+SECONDS_BETWEEN_SAVES = 30.0  # a save of a 1 GB pass takes about a second
+
+
+def default_cache_dir() -> Path:
+    """`$EIGENPRUNE_CACHE`, else `eigenprune` in the user's cache folder."""
+    named = os.environ.get("EIGENPRUNE_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eigenprune"
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A hash over names, dtypes, shapes and bytes of all parameters and saved buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def windows_hash(windows: Tensor) -> str:
+    """A hash over the shape and the int64 token ids of windows [windows, window]."""
+    digest = hashlib.sha256(repr(tuple(windows.shape)).encode())
+    digest.update(windows.long().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def cache_key(model: str, texts: str, settings: Sequence[str]) -> str:
+    """The name of the folder for these statistics."""
+    return hashlib.sha256(json.dumps([CACHE_VERSION, model, texts, *settings]).encode()).hexdigest()[:32]
+
+
+class PassFile:
+    """The sums of one pass on disk: `NAME.safetensors` when finished, `NAME.partial.safetensors` on the way."""
+
+    def __init__(self, folder: Path, number: int, layers: Sequence[str]) -> None:
+        split = hashlib.sha256("\n".join(layers).encode()).hexdigest()[:8]  # another memory bound splits otherwise
+        self.finished = folder / f"pass-{number:03d}-{split}.safetensors"
+        self.partial = self.finished.with_suffix(".partial.safetensors")
+        self._saved_at = time.monotonic()
+
+    def resume(self, accumulator: Accumulator) -> int:
+        """Load half-finished sums into `accumulator`; returns how many windows they hold. Unusable ones are dropped."""
+        try:
+            with safe_open(self.partial, framework="pt") as opened:
+                facts = json.loads(opened.metadata()["progress"])
+            tensors = load_file(self.partial)
+        except FileNotFoundError:
+            return 0
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            self.partial.unlink()
+            return 0
+        sums = accumulator.tensors()
+        if {name: tensor.shape for name, tensor in tensors.items()} != {name: total.shape for name, total in sums.items()}:
+            self.partial.unlink()
+            return 0
+        for name, total in sums.items():
+            total.copy_(tensors[name])
+        accumulator.counts.update(facts["counts"])
+        return int(facts["windows"])
+
+    def save_now_and_then(self, accumulator: Accumulator, windows: int) -> None:
+        """Save the sums over the first `windows` windows, if the last save is some time ago."""
+        if time.monotonic() - self._saved_at < SECONDS_BETWEEN_SAVES:
+            return
+        progress = json.dumps({"windows": windows, "counts": accumulator.counts})
+        _save(accumulator.tensors(), self.partial, {"progress": progress})
+        self._saved_at = time.monotonic()
+
+    def finish(self, means: Mapping[str, Tensor]) -> None:
+        """Save the means and drop the half-finished sums."""
+        _save(means, self.finished, None)
+        self.partial.unlink(missing_ok=True)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    """Write beside `path`, then rename over it, so that a killed run leaves the whole old file or the whole new one."""
+    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(dict(tensors), staged, metadata)
+        with open(staged, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)

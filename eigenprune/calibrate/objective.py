@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss whose gradients the output statistics are made of, for models with and without labels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Objective = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+ROWS = 64  # tokens whose logits are worked on in float32 at a time: 64 x 50,000 stay in a last-level cache
+
+
+def next_token_loss(model: nn.Module, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed loss, in nats, of a causal language model on its own text; ids [batch, window]."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    labels = torch.cat([ids[:, 1:], ids.new_full((ids.shape[0], 1), -1)], 1)
+    return summed_cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def sampled_label_loss(model: nn.Module, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed loss, in nats, on labels drawn from the model's own prediction: the true Fisher needs no labels."""
+    logits = model(**model_inputs(model, ids)).logits
+    logits = logits.reshape(-1, logits.shape[-1])
+    labels = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
+    return summed_cross_entropy(logits, labels.to(logits.device))
+
+
+def hidden_state_loss(model: nn.Module, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """The last hidden state times unit noise, summed, for encoders without a head.
+
+    Its gradient at the output is the noise, so second moments of gradients estimate the Gauss-Newton matrix of half
+    the squared error of the hidden state.
+    """
+    hidden = model(**model_inputs(model, ids)).last_hidden_state.float()
+    noise = torch.randn(hidden.shape, generator=generator)
+    return (hidden * noise.to(hidden.device)).sum()
+
+
+def objective_for(model: nn.Module) -> tuple[str, Objective]:
+    """The objective that suits `model`, with its name."""
+    if is_causal(model):
+        return "next-token", next_token_loss
+    if getattr(model, "base_model", model) is not model:  # a head stands on its trunk
+        return "sampled-label", sampled_label_loss
+    return "hidden-state", hidden_state_loss
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether `model` is one of transformers' causal language models, told by the names of its classes."""
+    return any(cls.__name__.endswith(("ForCausalLM", "LMHeadModel")) for cls in type(model).__mro__)
+
+
+def model_inputs(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """What the forward of `model` is called with for token `ids` [batch, window]."""
+    inputs = {"input_ids": ids}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of -log softmax(logits)[label], in nats, computed in float32; a label of -1 counts nothing.
+
+    `F.cross_entropy` on a float32 copy gives the same, with four passes over a [tokens, vocabulary] float32 matrix; here
+    float32 rows come a few at a time, and the gradient is written in the dtype of the logits.
+    """
+    loss: Tensor = _SummedCrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        normalisers = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(ROWS)])
+        picked = logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1).float()
+        ctx.save_for_backward(logits, labels, normalisers)
+        return ((normalisers - picked) * (labels >= 0)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        logits, labels, normalisers = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for start in range(0, logits.shape[0], ROWS):
+            part = slice(start, start + ROWS)
+            rows = (logits[part].float() - normalisers[part].unsqueeze(1)).exp_()
+            rows.scatter_add_(1, labels[part].clamp_min(0).unsqueeze(1), rows.new_full((rows.shape[0], 1), -1.0))
+            gradient[part] = rows.mul_((labels[part] >= 0).unsqueeze(1) * outer[0])
+        return gradient, None

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`EigenpruneConfig`: what to prune and how, and, in a saved model, what was pruned."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from os import PathLike, fspath
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from eigenprune.errors import ConfigError
+from eigenprune.layers import LAYOUTS
+from eigenprune.spectral import ALLOCATIONS, find_method
+
+QUANT_METHOD = "eigenprune"
+FORMAT_VERSION = 1
+MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+LARGEST_SIDE = 1 << 24  # a rank beyond this is a lie, told before anything is allocated
+
+
+@dataclass
+class EigenpruneConfig(QuantizationConfigMixin):
+    """How to prune a model; given to `from_pretrained(..., quantization_config=...)`, or to `prune_`.
+
+    Args:
+        keep: kept fraction of the parameters of the pruned linear layers, in (0, 1]. Embeddings, heads and norms do not
+            count.
+        method: a row of the method table: `kfac` (default), `svd-llm`, `asvd`, `svd`. All but `svd` measure the model on
+            text; `svd` alone is data-free, and no usable method for language models.
+        layout: `pivot` (default) or `pair`, see `LowRankLinear`.
+        allocation: `global` or `uniform` ranks; None takes the method's own.
+        rank_multiple: ranks are multiples of this; hardware likes 8 and more.
+        skip: regular expressions; layers whose name has a match stay dense.
+        texts: calibration text files (plain, `.jsonl` with a field `text`, either `.gz`); None takes the text that ships
+            with Python, which costs quality: give text like that of the model's use. Never saved.
+        windows: how many windows of calibration text.
+        window: tokens in a window.
+        seed: for methods that draw labels.
+        modules: of a pruned model: {layer name: [layout, rank]}. Filled in when a model is saved.
+        provenance: of a pruned model: how it was made. Filled in by `prune_`.
+        format_version: of the saved form; a newer one than this package knows is refused.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range, unknown, or the version is newer.
+    """
+
+    quant_method: str = field(default=QUANT_METHOD, init=False)
+    keep: float = 1.0
+    method: str = "kfac"
+    layout: str = "pivot"
+    allocation: str | None = None
+    rank_multiple: int = 8
+    skip: Sequence[str] = ()
+    texts: Sequence[str | PathLike[str]] | None = None
+    windows: int = 48
+    window: int = 1024
+    seed: int = 0
+    modules: dict[str, list[Any]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.format_version) or self.format_version < 1:
+            raise ConfigError(f"format_version {self.format_version!r} is no positive integer")
+        if self.format_version > FORMAT_VERSION:
+            raise ConfigError(
+                f"this checkpoint has format {self.format_version}, and this eigenprune knows up to {FORMAT_VERSION}: "
+                "update it (pip install -U eigenprune)"
+            )
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
+            raise ConfigError(f"keep={self.keep!r} must be in (0, 1]: the fraction of parameters that stays")
+        find_method(self.method)
+        _one_of("layout", self.layout, LAYOUTS)
+        if self.allocation is not None:
+            _one_of("allocation", self.allocation, tuple(ALLOCATIONS))
+        for name in ("rank_multiple", "windows", "window"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")
+        if not _is_int(self.seed) or self.seed < 0:
+            raise ConfigError(f"seed={self.seed!r} must be an integer from 0 on")
+        self.skip = _strings("skip", self.skip)
+        if self.texts is not None:
+            self.texts = _strings("texts", [self.texts] if isinstance(self.texts, str | PathLike) else self.texts)
+        _check_modules(self.modules)
+        if not isinstance(self.provenance, Mapping):
+            raise ConfigError(f"provenance must be a mapping, not {type(self.provenance).__name__}")
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config of a saved form; the signature is that of transformers.
+
+        Raises:
+            ConfigError: an unknown field, or any value that the constructor refuses.
+        """
+        values = dict(config_dict)
+        method = values.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ConfigError(f"quant_method {method!r} is not {QUANT_METHOD!r}")
+        # The version first: fields that a newer format added are no mistake of the file.
+        cls(format_version=values.get("format_version", FORMAT_VERSION))
+        unknown = set(values) - {f.name for f in fields(cls) if f.init}
+        if unknown:
+            raise ConfigError(f"unknown fields {sorted(map(str, unknown))} in the eigenprune config")
+        config = cls(**values)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The saved form: plain JSON values, no local path."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "texts"}
+        values["skip"] = list(self.skip)
+        values["modules"] = {name: list(entry) for name, entry in self.modules.items()}
+        values["provenance"] = dict(self.provenance)
+        return {"quant_method": self.quant_method, **values}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} {value!r} is unknown; there are: {', '.join(allowed)}")
+
+
+def _strings(name: str, values: object) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ConfigError(f"{name} must be a list of strings, not {values!r}")
+    if not all(isinstance(value, str | PathLike) for value in values):
+        raise ConfigError(f"{name} must hold strings only: {values!r}")
+    return tuple(str(fspath(value)) for value in values)
+
+
+def _check_modules(modules: object) -> None:
+    if not isinstance(modules, Mapping):
+        raise ConfigError(f"modules must map layer names to [layout, rank], not be {type(modules).__name__}")
+    for name, entry in modules.items():
+        if not isinstance(name, str) or len(name) > 512 or not MODULE_NAME.fullmatch(name):
+            raise ConfigError(f"modules: {name!r:.80} is no layer name")
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise ConfigError(f"modules: {name} must have [layout, rank], not {entry!r:.80}")
+        layout, rank = entry
+        _one_of(f"modules: layout of {name}", layout, LAYOUTS)
+        if not _is_int(rank) or not 1 <= rank <= LARGEST_SIDE:
+            raise ConfigError(f"modules: rank {rank!r:.80} of {name} is no possible rank")

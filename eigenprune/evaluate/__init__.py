@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model can do and how fast: perplexity over token windows, tokens per second."""
+
+from .perplexity import Perplexity, contiguous_windows, perplexity, spaced_windows
+from .speed import Speed, compare_decode, decode_speed, prefill_speed, speed_ratio
+
+__all__ = [
+    "Perplexity",
+    "Speed",
+    "compare_decode",
+    "contiguous_windows",
+    "decode_speed",
+    "perplexity",
+    "prefill_speed",
+    "spaced_windows",
+    "speed_ratio",
+]

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantizer plug-in: prune on load, save, and load again with plain `from_pretrained`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from eigenprune.config import QUANT_METHOD, EigenpruneConfig
+from eigenprune.errors import CheckpointError
+from eigenprune.hub.checkpoint import check_factor_files
+from eigenprune.layers import LowRankLinear, dense_weight, is_conv1d, is_dense, low_rank_layers, replace_module_, to_dense_
+
+
+class EigenpruneHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers calls at each step of loading and saving."""
+
+    quantization_config: EigenpruneConfig
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_kwargs: Any
+    ) -> None:
+        """Put empty factored layers in, before any weight is read. Here the meta device and the dtype are set already."""
+        if not self.pre_quantized:
+            return
+        shapes = {}
+        for saved_name, (layout, rank) in self.quantization_config.modules.items():
+            name = _name_in(model, saved_name)
+            if name is None:
+                continue
+            new = empty_factored_layer(model.get_submodule(name), saved_name, layout, rank)
+            shapes[saved_name] = (new.out_features, new.in_features)
+            replace_module_(model, name, new)
+        if checkpoint_files is not None:
+            check_factor_files(checkpoint_files, self.quantization_config.modules, shapes)
+        if self.quantization_config.modules:
+            _ignore_sentinel(model, self.quantization_config.modules)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
+        """Prune, where a dense checkpoint was loaded with an `EigenpruneConfig`."""
+        if not self.pre_quantized and not low_rank_layers(model):
+            from eigenprune.prune import prune_
+
+            # No way back is kept: if pruning fails, loading fails, and the model is dropped.
+            prune_(model, self.quantization_config, restore_on_error=False)
+        # The weights are plain floating-point numbers: .half(), .float() and full fine-tuning may go ahead.
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors to save. Layout and rank of every layer go into the config as they are now."""
+        modules = {name: [module.layout, module.rank] for name, module in low_rank_layers(model).items()}
+        self.quantization_config.modules = modules
+        tensors = dict(model.state_dict())
+        if modules:
+            tensors[_sentinel(modules)] = torch.empty(0, dtype=next(model.parameters()).dtype)
+        # No metadata of our own: more than one entry makes the order in the header, and so the file's hash, random.
+        return tensors, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return to_dense_(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def empty_factored_layer(dense: nn.Module, name: str, layout: str, rank: int) -> LowRankLinear:
+    """A factored layer without values in place of `dense`, on its device and in its dtype.
+
+    Raises:
+        CheckpointError: the config lies about this layer.
+    """
+    if not is_dense(dense):
+        raise CheckpointError(f"the config says that {name} is factored, but in this model it is a {type(dense).__name__}")
+    out_features, in_features = dense_weight(dense).shape
+    if rank > min(out_features, in_features):
+        raise CheckpointError(f"the config gives {name} rank {rank}, more than the {out_features} x {in_features} weight has")
+    return LowRankLinear(
+        in_features,
+        out_features,
+        rank,
+        layout=layout,
+        bias=dense.bias is not None,
+        conv1d=is_conv1d(dense),
+        device=dense_weight(dense).device,
+        dtype=dense_weight(dense).dtype,
+    )
+
+
+def _name_in(model: nn.Module, saved_name: str) -> str | None:
+    """The name in `model` of a layer saved under `saved_name`; None for a layer of a head that `model` does not have.
+
+    A trunk loaded from a checkpoint with a head, and the other way round, differ by a prefix.
+
+    Raises:
+        CheckpointError: there is no such layer.
+    """
+    prefix = f"{model.base_model_prefix}."
+    is_trunk = model.base_model is model
+    names = [saved_name]
+    if is_trunk and saved_name.startswith(prefix):
+        names.append(saved_name.removeprefix(prefix))
+    elif not is_trunk:
+        names.append(prefix + saved_name)
+    for name in names:
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            continue
+        return name
+    if is_trunk and not saved_name.startswith(prefix):
+        return None
+    raise CheckpointError(f"the config says that {saved_name} is factored, but {type(model).__name__} has no such layer")
+
+
+def _sentinel(modules: dict[str, list[Any]]) -> str:
+    """The dense name under which a zero-size tensor is saved.
+
+    A transformers without this plug-in warns about the unknown quantization method and goes on to load random weights;
+    at this tensor it meets a shape that cannot be, and stops with an error.
+    """
+    return f"{min(modules)}.weight"
+
+
+def _ignore_sentinel(model: nn.Module, modules: dict[str, list[Any]]) -> None:
+    pattern = rf"{_sentinel(modules)}$".replace(".", r"\.")
+    known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    # A list in transformers 5.0 and a set later; on the instance, so that other models of the class are not touched.
+    model._keys_to_ignore_on_load_unexpected = type(known)([*known, pattern]) if known else {pattern}  # type: ignore[assignment]
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = EigenpruneConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = EigenpruneHfQuantizer

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Factored layers: what they are, which layers become one, and the way in and out of a model."""
+
+from eigenprune.layers.dense import dense_like, dense_weight, is_conv1d, is_dense
+from eigenprune.layers.low_rank_linear import LAYOUTS, LowRankLinear, factored_parameters
+from eigenprune.layers.select import Selection, select_layers
+from eigenprune.layers.swap import low_rank_layers, replace_module_, to_dense_
+
+__all__ = [
+    "LAYOUTS",
+    "LowRankLinear",
+    "Selection",
+    "dense_like",
+    "dense_weight",
+    "factored_parameters",
+    "is_conv1d",
+    "is_dense",
+    "low_rank_layers",
+    "replace_module_",
+    "select_layers",
+    "to_dense_",
+]

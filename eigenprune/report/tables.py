@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables for a terminal."""
+
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from eigenprune.report.prune_report import LayerReport, PruneReport
+
+
+def layer_table(layers: Iterable[LayerReport]) -> Table:
+    """One row a layer: shape, layout, rank, kept share, parameters, estimated loss, reason."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    for name in ("shape", "layout", "rank", "keep", "parameters", "loss"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why dense")
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            layer.layout,
+            str(layer.rank),
+            f"{layer.parameters / layer.dense_parameters:.3f}",
+            f"{layer.parameters:,}",
+            "" if layer.loss is None else f"{layer.loss:.2e}",
+            layer.reason,
+        )
+    return table
+
+
+def summary_table(report: PruneReport) -> Table:
+    """The whole run in a few rows."""
+    before, after = report.model_parameters
+    bytes_before, bytes_after = report.model_bytes
+    factored = sum(layer.layout != "dense" for layer in report.layers)
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("method", ", ".join(f"{key} {value}" for key, value in report.settings.items() if value not in (None, [], ())))
+    table.add_row("layers", f"{factored} of {len(report.layers)} linear layers factored")
+    table.add_row("keep", f"{report.keep:.4f} of their parameters (removed {1 - report.keep:.4f})")
+    table.add_row("model", f"{before:,} -> {after:,} parameters ({after / before:.3f})")
+    table.add_row("bytes", f"{bytes_before:,} -> {bytes_after:,} ({bytes_after / bytes_before:.3f})")
+    if report.calibration:
+        facts = report.calibration
+        table.add_row("calibration", f"{facts['source']}: {facts['windows']} windows of {facts['window']} tokens")
+    if report.settings.get("method") == "kfac":
+        table.add_row("estimated loss", f"+{report.loss:.3f} nats per token")
+    table.add_row("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items()))
+    return table

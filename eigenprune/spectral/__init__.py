@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights to spectra in a metric, spectra to worth, worth to ranks, ranks to factors."""
+
+from eigenprune.spectral.allocation import ALLOCATIONS, Choice, allocate
+from eigenprune.spectral.decompose import Spectrum, factors, spectrum
+from eigenprune.spectral.methods import METHODS, Method, find_method
+from eigenprune.spectral.metric import Metric, layer_metric
+from eigenprune.spectral.pivot import pivot_factors
+from eigenprune.spectral.worth import Options, rank_options
+
+__all__ = [
+    "ALLOCATIONS",
+    "METHODS",
+    "Choice",
+    "Method",
+    "Metric",
+    "Options",
+    "Spectrum",
+    "allocate",
+    "factors",
+    "find_method",
+    "layer_metric",
+    "pivot_factors",
+    "rank_options",
+    "spectrum",
+]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of named methods. Adding a published method is adding a row."""
+
+from dataclasses import dataclass
+
+from eigenprune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset of DESIGN 5.2.
+
+    Attributes:
+        input_metric: `none`, `abs-mean` (ASVD's diagonal) or `gram`.
+        output_metric: `none` or `gram`.
+        allocation: the default: `uniform`, or `global`, which is sound only where the loss has one unit in all matrices.
+        shrink_input, shrink_output: fixed shrinkage of the Grams; None follows the token count.
+        source: the paper, or where the formula stands.
+    """
+
+    input_metric: str
+    output_metric: str
+    allocation: str
+    source: str
+    shrink_input: float | None = None
+    shrink_output: float | None = None
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The kinds of statistics this method is made of."""
+        wanted = []
+        if self.input_metric != "none":
+            wanted.append("input_gram")
+        if self.output_metric != "none":
+            wanted.append("output_gram")
+        return tuple(wanted)
+
+
+METHODS: dict[str, Method] = {
+    "kfac": Method("gram", "gram", "global", "KFAC-SVD of LEMS (2026), DESIGN 5.1, with one global choice of ranks"),
+    "svd-llm": Method("gram", "none", "uniform", "SVD-LLM, arXiv 2403.07378", shrink_input=0.0),
+    "asvd": Method("abs-mean", "none", "uniform", "ASVD, arXiv 2312.05821, alpha 0.5, without its rank search"),
+    "svd": Method("none", "none", "uniform", "plain truncated SVD; data-free, a baseline"),
+}
+
+
+def find_method(name: str) -> Method:
+    """The row of the table.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    try:
+        return METHODS[name]
+    except (KeyError, TypeError):
+        raise ConfigError(f"method {name!r} is unknown; there are: {', '.join(METHODS)}") from None
