@@ -119,9 +119,7 @@ def convert(source: Path, folder: Path) -> None:
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
-    for (
-        path
-    ) in folder.iterdir():  # safetensors writes mode 0600 whatever the umask says; the folder followed it
+    for path in folder.iterdir():  # safetensors writes mode 0600 whatever the umask says; the folder followed it
         path.chmod(folder.stat().st_mode & 0o666)
 
 
@@ -174,9 +172,7 @@ def put_in_place(finished: Path, target: Path) -> None:
         finished.rename(target)
     except OSError as error:
         if not is_intact(target):
-            raise GetModelError(
-                f"cannot put the model at {target}: {error}; remove that and retry"
-            ) from error
+            raise GetModelError(f"cannot put the model at {target}: {error}; remove that and retry") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,14 +26,14 @@ class EigenpruneConfig(QuantizationConfigMixin):
     Args:
         keep: kept fraction of the parameters of the pruned linear layers, in (0, 1]. Embeddings, heads and norms do not
             count.
-        method: a row of the method table: `kfac` (default), `svd-llm`, `asvd`, `svd`. All but `svd` measure the model on
-            text; `svd` alone is data-free, and no usable method for language models.
+        method: a row of the method table: `kfac` (default), `svd-llm`, `asvd`, `svd`. All but `svd` measure the model
+            on text; `svd` alone is data-free, and no usable method for language models.
         layout: `pivot` (default) or `pair`, see `LowRankLinear`.
         allocation: `global` or `uniform` ranks; None takes the method's own.
         rank_multiple: ranks are multiples of this; hardware likes 8 and more.
         skip: regular expressions; layers whose name has a match stay dense.
-        texts: calibration text files (plain, `.jsonl` with a field `text`, either `.gz`); None takes the text that ships
-            with Python, which costs quality: give text like that of the model's use. Never saved.
+        texts: calibration text files (plain, `.jsonl` with a field `text`, either `.gz`); None takes the text that
+            ships with Python, which costs quality: give text like that of the model's use. Never saved.
         windows: how many windows of calibration text.
         window: tokens in a window.
         seed: for methods that draw labels.
@@ -45,7 +45,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
         ConfigError: a value is of the wrong type, out of range, unknown, or the version is newer.
     """
 
-    quant_method: str = field(default=QUANT_METHOD, init=False)
+    quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
     keep: float = 1.0
     method: str = "kfac"
     layout: str = "pivot"

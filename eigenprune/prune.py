@@ -35,10 +35,10 @@ from eigenprune.layers import (
 from eigenprune.report import LayerReport, PruneReport
 from eigenprune.spectral import (
     Choice,
-    Metric,
+    Components,
     Options,
     allocate,
-    factors,
+    components,
     find_method,
     layer_metric,
     pivot_factors,
@@ -47,8 +47,9 @@ from eigenprune.spectral import (
 )
 
 DATA_FREE_WARNING = (
-    "method 'svd' looks at no data. On language models it is no usable default: at keep=0.8 perplexity rises a million-fold "
-    "where method='kfac' adds some percent. Use method='kfac', with texts=[...] like those the model is used on."
+    "method 'svd' looks at no data. On language models it is no usable default: at keep=0.8 perplexity rises a "
+    "million-fold where method='kfac' adds some percent. Use method='kfac', with texts=[...] like those the model "
+    "is used on."
 )
 
 
@@ -123,16 +124,17 @@ def prune_(
     with clock("spectra"):
         options: dict[str, Options] = {}
         for name, module in _bar(chosen, "spectra", progress):
-            found = spectrum(dense_weight(module).detach(), layer_metric(method, statistics, name))
-            options[name] = rank_options(selection.shapes[name], found, config.layout, config.rank_multiple)
+            values = spectrum(dense_weight(module).detach(), layer_metric(method, statistics, name))
+            options[name] = rank_options(selection.shapes[name], values, config.layout, config.rank_multiple)
         choices = allocate(options, config.keep, allocation)
     before = _size(model)
     with clock("factors"), _undo_on_error(model, chosen if restore_on_error else {}):
         for name in _bar(list(chosen), "factors", progress):
             if choices[name].rank:
                 module = chosen[name] if restore_on_error else chosen.pop(name)
-                metric = layer_metric(method, statistics, name)
-                replace_module_(model, name, factor_layer(module, metric, choices[name].rank, config.layout))
+                rank = choices[name].rank
+                found = components(dense_weight(module).detach(), layer_metric(method, statistics, name), rank)
+                replace_module_(model, name, factored_layer(module, found, rank, config.layout))
 
     report = PruneReport(
         layers=tuple(_layer_reports(selection.shapes, choices, skipped, config.layout)),
@@ -154,10 +156,10 @@ def prune_(
     return report
 
 
-def factor_layer(module: nn.Module, metric: Metric, rank: int, layout: str) -> LowRankLinear:
-    """The factored layer of rank `rank` that stands for the dense `module`, in its dtype."""
+def factored_layer(module: nn.Module, found: Components, rank: int, layout: str) -> LowRankLinear:
+    """The layer that keeps the first `rank` components of the dense `module`, in its dtype."""
     weight = dense_weight(module).detach()
-    left, right = factors(weight, metric, rank)
+    left, right = found.truncated(rank)
     pivots = None
     if layout == "pivot":
         left, right, pivots = pivot_factors(left, right)
@@ -182,7 +184,7 @@ def _windows(
     if texts is not None:
         source = "texts given by the caller"
     elif config.texts is not None:
-        texts = read_texts(config.texts)
+        texts = read_texts(map(Path, config.texts))
         source = ", ".join(Path(path).name for path in config.texts)
     else:
         texts, source = builtin_texts(), BUILTIN
@@ -198,7 +200,9 @@ def _own_tokenizer(model: nn.Module) -> Any:
     name = getattr(getattr(model, "config", None), "name_or_path", "")
     advice = "pass tokenizer=..., or windows=... of token ids"
     if not name:
-        raise CalibrationError(f"the model does not say where it was loaded from, so its tokenizer is unknown: {advice}")
+        raise CalibrationError(
+            f"the model does not say where it was loaded from, so its tokenizer is unknown: {advice}"
+        )
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -247,7 +251,7 @@ def _layer_reports(
 
 
 def _make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneReport) -> None:
-    """Tell a transformers model how it is to be saved: our quantizer, found through transformers' own table, does it."""
+    """Give a transformers model the quantizer that saves it, found through transformers' own table."""
     from transformers import PreTrainedModel
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -255,10 +259,12 @@ def _make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneRepor
         return
     modules = {name: [module.layout, module.rank] for name, module in low_rank_layers(model).items()}
     provenance = {"base_model": _public_name(model), "calibration": report.calibration, "keep": report.keep}
-    saved = replace(config, texts=None, modules=modules, provenance=provenance, allocation=report.settings["allocation"])
+    saved = replace(
+        config, texts=None, modules=modules, provenance=provenance, allocation=report.settings["allocation"]
+    )
     quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)
     quantizer.postprocess_model(model)
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.hf_quantizer = quantizer
 
 
 def _public_name(model: nn.Module) -> str:

@@ -5,6 +5,16 @@ from eigenprune.calibrate.cache import default_cache_dir
 from eigenprune.calibrate.collect import collect_statistics
 from eigenprune.calibrate.statistics import Statistics
 from eigenprune.calibrate.texts import BUILTIN, builtin_texts, read_texts
-from eigenprune.calibrate.windows import cut_windows
+from eigenprune.calibrate.windows import SEPARATOR, cut_windows, token_ids
 
-__all__ = ["BUILTIN", "Statistics", "builtin_texts", "collect_statistics", "cut_windows", "default_cache_dir", "read_texts"]
+__all__ = [
+    "BUILTIN",
+    "SEPARATOR",
+    "Statistics",
+    "builtin_texts",
+    "collect_statistics",
+    "cut_windows",
+    "default_cache_dir",
+    "read_texts",
+    "token_ids",
+]

@@ -11,8 +11,8 @@ from eigenprune.calibrate.gram import GramSum, clip_norms_
 from eigenprune.errors import WeightError
 from eigenprune.layers import dense_weight
 
-# Gradients near the ends of a window are unlike the rest: the first positions lack context, and the last are read by few
-# later ones. KFAC-SVD (the LEMS code, 2026) drops an eighth at each end and clips the norms of outliers.
+# Gradients near the ends of a window are unlike the rest: the first positions lack context, and the last are read by
+# few later ones. KFAC-SVD (the LEMS code, 2026) drops an eighth at each end and clips the norms of outliers.
 EDGE = 1 / 8
 CLIP = (0.1, 10.0)
 
@@ -89,7 +89,7 @@ class Accumulator:
                 )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All sums by name, Grams as `NAME/block number`: what a half-finished run saves, and loads into these again."""
+        """All sums by name, Grams as `NAME/block number`: what a half-finished run saves and loads again."""
         blocks = {f"{name}/{i}": block for name, gram in self.grams.items() for i, block in enumerate(gram.blocks)}
         return blocks | self.plain
 

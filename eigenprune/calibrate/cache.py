@@ -32,14 +32,14 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def windows_hash(windows: Tensor) -> str:
     """A hash over the shape and the int64 token ids of windows [windows, window]."""
     digest = hashlib.sha256(repr(tuple(windows.shape)).encode())
-    digest.update(windows.long().cpu().contiguous().numpy())
+    digest.update(windows.long().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -69,7 +69,9 @@ class PassFile:
             self.partial.unlink()
             return 0
         sums = accumulator.tensors()
-        if {name: tensor.shape for name, tensor in tensors.items()} != {name: total.shape for name, total in sums.items()}:
+        if {name: tensor.shape for name, tensor in tensors.items()} != {
+            name: total.shape for name, total in sums.items()
+        }:
             self.partial.unlink()
             return 0
         for name, total in sums.items():

@@ -21,7 +21,7 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
     for block in _blocks(model):
         own = block.__dict__.get("forward")  # set by accelerate's hooks
         wrapped.append((block, own))
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
@@ -29,7 +29,7 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
             if own is None:
                 del block.__dict__["forward"]
             else:
-                block.forward = own  # type: ignore[method-assign]
+                block.forward = own
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from tqdm import tqdm
 
 from eigenprune.calibrate.accumulate import Accumulator, inner_positions
 from eigenprune.calibrate.cache import PassFile, cache_key, model_fingerprint, windows_hash
-from eigenprune.calibrate.inputs import shared_inputs
 from eigenprune.calibrate.checkpointing import checkpointed_blocks
+from eigenprune.calibrate.inputs import shared_inputs
 from eigenprune.calibrate.objective import Objective, model_inputs, objective_for
 from eigenprune.calibrate.statistics import Facts, SafetensorsFolder, Statistics
 from eigenprune.errors import CalibrationError, WeightError
@@ -118,7 +119,9 @@ def plan_passes(
         out_features, in_features = dense_weight(layers[layer]).shape
         leads = layer == group and "input_gram" in kinds
         size = 4 * in_features**2 * leads
-        size += 4 * out_features**2 * ("output_gram" in kinds) + 4 * out_features * in_features * ("weight_gradient" in kinds)
+        size += 4 * out_features**2 * ("output_gram" in kinds) + 4 * out_features * in_features * (
+            "weight_gradient" in kinds
+        )
         if used and used + size > memory_bytes:
             plans.append(Plan(tuple(inputs), tuple(outputs)))
             inputs, outputs, used = [], [], 0
@@ -173,18 +176,23 @@ def _output_tokens(windows: Tensor, objective: str) -> int:
 
 def _check_arguments(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.Module], kinds: Sequence[str]) -> None:
     if windows.ndim != 2 or windows.numel() == 0:
-        raise CalibrationError(f"calibration windows of shape {tuple(windows.shape)}: [windows, window] with tokens is needed")
+        raise CalibrationError(
+            f"calibration windows of shape {tuple(windows.shape)}: [windows, window] with tokens is needed"
+        )
     unknown = set(kinds) - set(KINDS)
     if unknown or not kinds:
         raise CalibrationError(f"unknown statistics {sorted(unknown)}; there are: {', '.join(KINDS)}")
-    vocabulary = getattr(model, "config", None) and getattr(model.config.get_text_config(), "vocab_size", None)
+    config: Any = getattr(model, "config", None)
+    vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     if vocabulary and int(windows.max()) >= vocabulary:
         raise CalibrationError(
             f"token id {int(windows.max())} is outside the model's vocabulary of {vocabulary}: is this its tokenizer?"
         )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
-            raise WeightError(f"{name} is on the meta device, so it cannot be measured: load the model on a real device")
+            raise WeightError(
+                f"{name} is on the meta device, so it cannot be measured: load the model on a real device"
+            )
     if not layers:
         raise CalibrationError("no layer to measure")
 
@@ -221,7 +229,7 @@ def _calibration_mode(model: nn.Module, backward: bool) -> Iterator[torch.dtype 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 in hardware, so that calibration in it is faster."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(features.get("avx512_bf16") or features.get("amx_bf16"))

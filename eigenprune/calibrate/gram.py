@@ -4,8 +4,8 @@
 import torch
 from torch import Tensor
 
-# Columns of a block row. At 256 a Gram of width 1536 takes 58 % of the products and of the memory of the full square, and
-# the blocks are still large enough for a full GEMM rate.
+# Columns of a block row. At 256 a Gram of width 1536 takes 58 % of the products and of the memory of the full square,
+# and the blocks are still large enough for a full GEMM rate.
 BLOCK = 256
 
 
@@ -45,7 +45,7 @@ def unpack_gram(blocks: list[Tensor]) -> Tensor:
 
 
 def clip_norms_(rows: Tensor, low: float, high: float) -> Tensor:
-    """Scale each row of `rows` [tokens, n], in place, so that its norm lies in [low, high] times the mean norm of all."""
+    """Scale each row of `rows` [tokens, n], in place, to a norm within [low, high] times the mean norm of all."""
     norms = torch.linalg.vector_norm(rows, dim=1)
     mean = norms.mean()
     tiny = torch.finfo(rows.dtype).tiny

@@ -34,16 +34,22 @@ def hidden_state_loss(model: nn.Module, ids: Tensor, generator: torch.Generator)
     """
     hidden = model(**model_inputs(model, ids)).last_hidden_state.float()
     noise = torch.randn(hidden.shape, generator=generator)
-    return (hidden * noise.to(hidden.device)).sum()
+    loss: Tensor = (hidden * noise.to(hidden.device)).sum()
+    return loss
 
 
 def objective_for(model: nn.Module) -> tuple[str, Objective]:
     """The objective that suits `model`, with its name."""
     if is_causal(model):
         return "next-token", next_token_loss
-    if getattr(model, "base_model", model) is not model:  # a head stands on its trunk
+    if has_head(model):
         return "sampled-label", sampled_label_loss
     return "hidden-state", hidden_state_loss
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether `model` gives logits: its head stands on a trunk, or, as in T5, in the one class that has both."""
+    return getattr(model, "base_model", model) is not model or model.get_output_embeddings() is not None  # type: ignore[operator]
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -62,8 +68,8 @@ def model_inputs(model: nn.Module, ids: Tensor) -> dict[str, Any]:
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over tokens of -log softmax(logits)[label], in nats, computed in float32; a label of -1 counts nothing.
 
-    `F.cross_entropy` on a float32 copy gives the same, with four passes over a [tokens, vocabulary] float32 matrix; here
-    float32 rows come a few at a time, and the gradient is written in the dtype of the logits.
+    `F.cross_entropy` on a float32 copy gives the same, with four passes over a [tokens, vocabulary] float32 matrix;
+    here float32 rows come a few at a time, and the gradient is written in the dtype of the logits.
     """
     loss: Tensor = _SummedCrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
     return loss

@@ -30,6 +30,7 @@ class Facts:
     source: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
         return asdict(self)
 
 
@@ -59,8 +60,8 @@ class Statistics:
     """Means over the calibration tokens, by layer name. Layers that read one input share its statistics.
 
     Attributes:
-        tensors: `input_mean.X`, `weight_gradient.X`, ... to tensors, and Grams as the block rows of their lower triangle,
-            `input_gram.X/0`, `input_gram.X/1`, ...; may live on disk.
+        tensors: `input_mean.X`, `weight_gradient.X`, ... to tensors, and Grams as the block rows of their lower
+            triangle, `input_gram.X/0`, `input_gram.X/1`, ...; may live on disk.
         input_group: layer name to the layer whose input statistics stand for it.
         facts: tokens, objective and hash of the texts.
     """

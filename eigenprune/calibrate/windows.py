@@ -13,11 +13,12 @@ SEPARATOR = "\n\n"
 
 
 def cut_windows(tokenizer: Any, texts: Sequence[str], *, count: int = 64, window: int = 1024) -> Tensor:
-    """Cut `count` windows of `window` tokens out of `texts`, without special tokens; the same texts give the same windows.
+    """Cut `count` windows of `window` tokens out of `texts`, without special tokens; the same texts give the same
+    windows.
 
-    Where at least `count` documents are as long as a window, the first tokens of the first `count` of them are taken, so that
-    the windows come from as many documents as possible. Else all documents are joined with blank lines, cut into
-    consecutive windows, and `count` of these are taken at even spacing (all of them where there are fewer).
+    Where at least `count` documents are as long as a window, the first tokens of the first `count` of them are taken,
+    so that the windows come from as many documents as possible. Else all documents are joined with blank lines, cut
+    into consecutive windows, and `count` of these are taken at even spacing (all of them where there are fewer).
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -53,9 +54,9 @@ def _first_windows(tokenizer: Any, texts: Sequence[str], count: int, window: int
     """The first `window` tokens of the first `count` documents that have as many."""
     rows: list[list[int]] = []
     for text in texts:
-        # A token stands for at least one character and no known vocabulary averages 32 of them on prose: skip what is
-        # surely too short, and do not tokenise the rest of a long book for its first page.
-        if len(text) < window:
+        # A token stands for at least one byte, a quarter of a character, and no known vocabulary averages 32 characters
+        # on prose: skip what is surely too short, and do not tokenise the rest of a long book for its first page.
+        if 4 * len(text) < window:
             continue
         ids = token_ids(tokenizer, text[: 32 * window])
         if len(ids) >= window:

@@ -131,9 +131,7 @@ def _check_window(ids: Tensor, window: int, at_least: int) -> None:
     if window < 2:
         raise CalibrationError(f"window is {window}: it takes at least 2 tokens to predict one from another")
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise CalibrationError(
-            f"token ids must be an integer vector [n], got {ids.dtype} of shape {list(ids.shape)}"
-        )
+        raise CalibrationError(f"token ids must be an integer vector [n], got {ids.dtype} of shape {list(ids.shape)}")
     if len(ids) < at_least:
         raise CalibrationError(
             f"the text has {len(ids)} tokens, {at_least} are needed: give more text or a shorter window"

@@ -72,10 +72,7 @@ def compare_decode(
     prompt = _as_batch(prompt_ids)
     trials = {name: partial(_time_decode, model, prompt, new_tokens) for name, model in models.items()}
     seconds = _take_turns(trials, repeats)
-    return {
-        name: _summary("decode", model, len(prompt), new_tokens, seconds[name])
-        for name, model in models.items()
-    }
+    return {name: _summary("decode", model, len(prompt), new_tokens, seconds[name]) for name, model in models.items()}
 
 
 def prefill_speed(model: nn.Module, tokens: int = 512, repeats: int = 5) -> Speed:

@@ -24,8 +24,8 @@ def check_factor_files(
         shapes: {layer name: (out, in)}; layers not named here are not looked at.
 
     Raises:
-        CheckpointError: a file is cut short or no safetensors file, or a factor is missing, or its shape or type is wrong, or
-            pivots are out of range or repeated.
+        CheckpointError: a file is cut short or no safetensors file, or a factor is missing, or its shape or type is
+            wrong, or pivots are out of range or repeated.
     """
     expected = {}
     for name, (out_features, in_features) in shapes.items():
@@ -36,16 +36,22 @@ def check_factor_files(
             expected[f"{name}.pivots"] = [rank]
     for file in map(Path, files):
         if file.suffix != ".safetensors":
-            raise CheckpointError(f"{file.name}: a pruned model is stored as safetensors only; pickled weights are not read")
+            raise CheckpointError(
+                f"{file.name}: a pruned model is stored as safetensors only; pickled weights are not read"
+            )
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in expected.keys() & set(opened.keys()):
                     _check_tensor(key, opened, expected.pop(key), shapes)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file.name} is cut short or damaged ({error}): download or save it again") from error
+            raise CheckpointError(
+                f"{file.name} is cut short or damaged ({error}): download or save it again"
+            ) from error
     if expected:
         some = ", ".join(sorted(expected)[:3])
-        raise CheckpointError(f"{len(expected)} tensors of factored layers are missing from the checkpoint, among them {some}")
+        raise CheckpointError(
+            f"{len(expected)} tensors of factored layers are missing from the checkpoint, among them {some}"
+        )
 
 
 def _check_tensor(key: str, opened: Any, shape: list[int], shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -35,8 +35,8 @@ def save_model(
         The folder.
 
     Raises:
-        CheckpointError: the folder is there already and `overwrite` is not set, a factor has the wrong shape or type or is not
-            finite, or the disk refuses (full, read-only). What was there before stays.
+        CheckpointError: the folder is there already and `overwrite` is not set, a factor has the wrong shape or type
+            or is not finite, or the disk refuses (full, read-only). What was there before stays.
     """
     folder = Path(folder)
     if folder.exists() and not overwrite:
@@ -74,7 +74,9 @@ def check_factors(model: nn.Module) -> None:
         for part, shape in expected.items():
             weight = module.get_submodule(part).weight
             if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != shape or not weight.is_floating_point():
-                raise CheckpointError(f"{name}.{part} is not a floating-point matrix of shape {shape}; it cannot be saved")
+                raise CheckpointError(
+                    f"{name}.{part} is not a floating-point matrix of shape {shape}; it cannot be saved"
+                )
             if weight.device.type != "meta" and not torch.isfinite(weight).all():
                 raise CheckpointError(f"{name}.{part} holds NaN or infinity; it is not saved")
 
@@ -102,7 +104,7 @@ def _force_to_disk(staged: Path) -> None:
 
 
 def _rename_over(staged: Path, folder: Path) -> None:
-    """Put `staged` where `folder` is or is to be. A folder cannot be renamed over a full one: the old one steps aside."""
+    """Put `staged` at `folder`. No folder can be renamed over a full one, so an old one steps aside first."""
     if not folder.exists():
         os.rename(staged, folder)
         return

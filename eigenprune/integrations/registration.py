@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Register the quantizer plug-in with transformers, now or when transformers comes to be imported.
 
-Standard library only: `import eigenprune` runs this. transformers has no entry point for quantizers, so a finder waits for
-the one module that holds its table of them.
+Standard library only: `import eigenprune` runs this. transformers has no entry point for quantizers, so a finder waits
+for the one module that holds its table of them.
 """
 
 import sys
@@ -18,7 +18,7 @@ PLUGIN = "eigenprune.integrations.transformers"
 
 
 def register_with_transformers() -> None:
-    """Register at once if transformers' table of quantizers is loaded, else as soon as it is. Any number of calls do once."""
+    """Register now if transformers' table of quantizers is loaded, else as soon as it is; any number of calls."""
     if TABLE in sys.modules:
         import_module(PLUGIN)
     elif not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):

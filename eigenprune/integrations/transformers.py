@@ -11,10 +11,18 @@ from transformers.quantizers.base import HfQuantizer
 from eigenprune.config import QUANT_METHOD, EigenpruneConfig
 from eigenprune.errors import CheckpointError
 from eigenprune.hub.checkpoint import check_factor_files
-from eigenprune.layers import LowRankLinear, dense_weight, is_conv1d, is_dense, low_rank_layers, replace_module_, to_dense_
+from eigenprune.layers import (
+    LowRankLinear,
+    dense_weight,
+    is_conv1d,
+    is_dense,
+    low_rank_layers,
+    replace_module_,
+    to_dense_,
+)
 
 
-class EigenpruneHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class EigenpruneHfQuantizer(HfQuantizer):
     """What transformers calls at each step of loading and saving."""
 
     quantization_config: EigenpruneConfig
@@ -22,7 +30,7 @@ class EigenpruneHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
-        """Put empty factored layers in, before any weight is read. Here the meta device and the dtype are set already."""
+        """Put empty factored layers in before any weight is read; the meta device and the dtype are set here."""
         if not self.pre_quantized:
             return
         shapes = {}
@@ -63,18 +71,22 @@ class EigenpruneHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return to_dense_(model)
 
     def is_serializable(self) -> bool:
+        """Factors are plain tensors: yes."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Factors are plain parameters: yes."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
+        """The whole model may be trained, not adapters only."""
         return True
 
     @property
     def is_compileable(self) -> bool:
+        """`generate` may compile the model."""
         return True
 
 
@@ -85,10 +97,14 @@ def empty_factored_layer(dense: nn.Module, name: str, layout: str, rank: int) ->
         CheckpointError: the config lies about this layer.
     """
     if not is_dense(dense):
-        raise CheckpointError(f"the config says that {name} is factored, but in this model it is a {type(dense).__name__}")
+        raise CheckpointError(
+            f"the config says that {name} is factored, but in this model it is a {type(dense).__name__}"
+        )
     out_features, in_features = dense_weight(dense).shape
     if rank > min(out_features, in_features):
-        raise CheckpointError(f"the config gives {name} rank {rank}, more than the {out_features} x {in_features} weight has")
+        raise CheckpointError(
+            f"the config gives {name} rank {rank}, more than the {out_features} x {in_features} weight has"
+        )
     return LowRankLinear(
         in_features,
         out_features,
@@ -124,7 +140,9 @@ def _name_in(model: nn.Module, saved_name: str) -> str | None:
         return name
     if is_trunk and not saved_name.startswith(prefix):
         return None
-    raise CheckpointError(f"the config says that {saved_name} is factored, but {type(model).__name__} has no such layer")
+    raise CheckpointError(
+        f"the config says that {saved_name} is factored, but {type(model).__name__} has no such layer"
+    )
 
 
 def _sentinel(modules: dict[str, list[Any]]) -> str:
@@ -140,7 +158,8 @@ def _ignore_sentinel(model: nn.Module, modules: dict[str, list[Any]]) -> None:
     pattern = rf"{_sentinel(modules)}$".replace(".", r"\.")
     known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     # A list in transformers 5.0 and a set later; on the instance, so that other models of the class are not touched.
-    model._keys_to_ignore_on_load_unexpected = type(known)([*known, pattern]) if known else {pattern}  # type: ignore[assignment]
+    patterns = type(known)([*known, pattern]) if known else {pattern}
+    model._keys_to_ignore_on_load_unexpected = patterns  # type: ignore[assignment]
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = EigenpruneConfig

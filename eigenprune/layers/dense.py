@@ -35,11 +35,11 @@ def dense_like(weight: Tensor, bias: Tensor | None, *, conv1d: bool) -> nn.Modul
         if conv1d:
             from transformers.pytorch_utils import Conv1D
 
-            module = Conv1D(out_features, in_features)
+            module = Conv1D(out_features, in_features)  # type: ignore[no-untyped-call]
         else:
             module = nn.Linear(in_features, out_features, bias=bias is not None)
     module.weight = nn.Parameter(weight.t().contiguous() if conv1d else weight.contiguous())
     if conv1d and bias is None:
         bias = weight.new_zeros(out_features)  # a Conv1D always has one
-    module.bias = None if bias is None else nn.Parameter(bias)
+    module.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     return module

@@ -58,7 +58,9 @@ class LowRankLinear(nn.Module):
         if layout not in LAYOUTS:
             raise ConfigError(f"layout {layout!r} is unknown; there are: {', '.join(LAYOUTS)}")
         if not 1 <= rank <= min(in_features, out_features):
-            raise ConfigError(f"rank {rank} is not in 1..{min(in_features, out_features)}, the smaller side of the weight")
+            raise ConfigError(
+                f"rank {rank} is not in 1..{min(in_features, out_features)}, the smaller side of the weight"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.layout, self.conv1d = layout, conv1d
         left_rows = out_features - rank if layout == "pivot" else out_features
@@ -70,7 +72,13 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_factors(
-        cls, left: Tensor, right: Tensor, *, pivots: Tensor | None = None, bias: Tensor | None = None, conv1d: bool = False
+        cls,
+        left: Tensor,
+        right: Tensor,
+        *,
+        pivots: Tensor | None = None,
+        bias: Tensor | None = None,
+        conv1d: bool = False,
     ) -> "LowRankLinear":
         """A layer that holds these factors (not copied where contiguous); with `pivots`, the layout is `pivot`.
 
@@ -102,6 +110,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def rank(self) -> int:
+        """Of the factors."""
         return self.right.out_features
 
     @property
@@ -139,7 +148,10 @@ class LowRankLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, layout={self.layout}"
+        """Shape, rank and layout, for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, layout={self.layout}"
+        )
 
 
 def is_exact(child: nn.Module, x: Tensor) -> bool:
@@ -151,7 +163,7 @@ def is_exact(child: nn.Module, x: Tensor) -> bool:
     return (
         type(child) is nn.Linear
         and type(child.weight) is nn.Parameter
-        and child.bias is None
+        and child._parameters["bias"] is None
         and child.weight.device == x.device
         and child.weight.dtype == x.dtype
         and not child._forward_hooks

@@ -36,9 +36,9 @@ class Selection:
 def select_layers(model: nn.Module, skip: Sequence[str] = ()) -> Selection:
     """Choose the layers of `model` to prune.
 
-    Left alone: the output embeddings, heads and routers, layers that share storage with another parameter (tied), subclasses
-    of Linear, layers with a side below 16, and names that match a pattern of `skip` (regular expressions, found
-    anywhere in the name).
+    Left alone: the output embeddings, heads and routers, layers that share storage with another parameter (tied),
+    subclasses of Linear, layers with a side below 16, and names that match a pattern of `skip` (regular expressions,
+    found anywhere in the name).
 
     Raises:
         ConfigError: a pattern is no regular expression, or matches no module.
@@ -47,7 +47,9 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ()) -> Selection:
     dense = {name: module for name, module in model.named_modules() if is_dense(module) and name}
     for pattern in patterns:
         if not any(pattern.search(name) for name in dense):
-            raise ConfigError(f"skip pattern {pattern.pattern!r} matches no layer; see `eigenprune inspect MODEL` for the names")
+            raise ConfigError(
+                f"skip pattern {pattern.pattern!r} matches no layer; see `eigenprune inspect MODEL` for the names"
+            )
     shared = _shared_storages(model)
     output = _output_embeddings(model)
     chosen, skipped, shapes = {}, {}, {}

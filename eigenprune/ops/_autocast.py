@@ -29,9 +29,7 @@ def cast_arguments(arguments: Sequence[Any], device_type: str) -> tuple[Any, ...
     return tuple(_cast(argument, device_type, dtype) for argument in arguments)
 
 
-def _autocast_kernel(
-    operator: Callable[..., Tensor], device_type: str, key_name: str
-) -> Callable[..., Tensor]:
+def _autocast_kernel(operator: Callable[..., Tensor], device_type: str, key_name: str) -> Callable[..., Tensor]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
 
     def kernel(*arguments: Any) -> Tensor:

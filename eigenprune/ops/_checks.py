@@ -22,9 +22,7 @@ def _pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> s
     return f"{first_name} {_shape(first)}, {second_name} {_shape(second)}"
 
 
-def check_factors(
-    op: str, x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
-) -> None:
+def check_factors(op: str, x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int) -> None:
     """Check what both operators share: x [..., in], right [rank, in], left [*, rank], bias [out_features].
 
     Raises:

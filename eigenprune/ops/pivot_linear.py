@@ -23,9 +23,7 @@ from eigenprune.ops._routes import call_without_autograd, needs_derivative
 _OP = "eigenprune::pivot_linear"
 
 
-def pivot_linear(
-    x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def pivot_linear(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply a Linear in the pivot layout: y[pivots] = z, y[rest] = z @ left.T, with z = x @ right.T; + bias.
 
     Args:

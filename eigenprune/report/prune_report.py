@@ -29,6 +29,7 @@ class LayerReport:
 
     @property
     def dense_parameters(self) -> int:
+        """Of the weight before."""
         return self.shape[0] * self.shape[1]
 
 

@@ -37,7 +37,9 @@ def summary_table(report: PruneReport) -> Table:
     table = Table(box=None, show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("method", ", ".join(f"{key} {value}" for key, value in report.settings.items() if value not in (None, [], ())))
+    table.add_row(
+        "method", ", ".join(f"{key} {value}" for key, value in report.settings.items() if value not in (None, [], ()))
+    )
     table.add_row("layers", f"{factored} of {len(report.layers)} linear layers factored")
     table.add_row("keep", f"{report.keep:.4f} of their parameters (removed {1 - report.keep:.4f})")
     table.add_row("model", f"{before:,} -> {after:,} parameters ({after / before:.3f})")

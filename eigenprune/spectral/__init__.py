@@ -2,7 +2,7 @@
 """Weights to spectra in a metric, spectra to worth, worth to ranks, ranks to factors."""
 
 from eigenprune.spectral.allocation import ALLOCATIONS, Choice, allocate
-from eigenprune.spectral.decompose import Spectrum, factors, spectrum
+from eigenprune.spectral.decompose import Components, Spectrum, components, spectrum
 from eigenprune.spectral.methods import METHODS, Method, find_method
 from eigenprune.spectral.metric import Metric, layer_metric
 from eigenprune.spectral.pivot import pivot_factors
@@ -12,12 +12,13 @@ __all__ = [
     "ALLOCATIONS",
     "METHODS",
     "Choice",
+    "Components",
     "Method",
     "Metric",
     "Options",
     "Spectrum",
     "allocate",
-    "factors",
+    "components",
     "find_method",
     "layer_metric",
     "pivot_factors",

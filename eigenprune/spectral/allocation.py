@@ -32,10 +32,10 @@ class _Table:
 def allocate(options: Mapping[str, Options], keep: float, allocation: str) -> dict[str, Choice]:
     """Choose one option for every matrix, at most `keep` times the dense parameters in all.
 
-    `global` minimises the total estimated loss: a multiple-choice knapsack, solved along the lower convex hull of the options
-    (one price per parameter for all matrices, by bisection), and the remainder of the budget filled with the upgrades
-    that gain most per parameter. `uniform` gives every matrix the rank nearest below `keep` of itself, and fills
-    likewise with the matrices that are furthest below.
+    `global` minimises the total estimated loss: a multiple-choice knapsack, solved along the lower convex hull of the
+    options (one price per parameter for all matrices, by bisection), and the remainder of the budget filled with the
+    upgrades that gain most per parameter. `uniform` gives every matrix the rank nearest below `keep` of itself, and
+    fills likewise with the matrices that are furthest below.
 
     Raises:
         BudgetError: even the smallest rank everywhere is too large.

@@ -22,32 +22,49 @@ class Spectrum:
         return torch.cat([lost, lost.new_zeros(1)])
 
 
+@dataclass(frozen=True)
+class Components:
+    """All components of a weight [m, n] in a metric, the most worth first: the best W' of rank r is `left[:, :r] @
+    right[:r]`.
+
+    left: [m, k], right: [k, n], k at most min(m, n); float64.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Balanced factors `left [m, rank]`, `right [rank, n]`."""
+        return balance(self.left[:, :rank], self.right[:rank])
+
+
 def spectrum(weight: Tensor, metric: Metric) -> Spectrum:
     """The spectrum of `weight` [m, n] in `metric`."""
     values = torch.linalg.eigvalsh(_short_gram(_in_metric(weight, metric))).clamp_min(0)
     return Spectrum(values.flip(0).cpu())
 
 
-def factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
-    """The best `left [m, rank] @ right [rank, n]` of `weight` [m, n] in the metric, float64.
+def components(weight: Tensor, metric: Metric, rank: int | None = None) -> Components:
+    """The `rank` leading components (default: all) of `weight` [m, n] in `metric`.
 
-    With U the leading left singular vectors of `R W S`, left = R^-1 U and right = U^T R W (research/peers.md 3.0, facts 1
-    and 2): S, which a rank-deficient calibration makes singular, is never inverted.
+    With U the leading left singular vectors of `R W S`, left = R^-1 U and right = U^T R W, the projection form of the
+    optimum: S, which a rank-deficient calibration makes singular, is never inverted.
 
     Raises:
-        WeightError: the factors are not finite.
+        WeightError: the components are not finite.
     """
     product = _in_metric(weight, metric)
     m, n = product.shape
-    values, vectors = torch.linalg.eigh(_short_gram(product))
+    rank = min(m, n) if rank is None else rank
+    _, vectors = torch.linalg.eigh(_short_gram(product))
     vectors = vectors[:, -rank:].flip(1)
-    if n < m:  # right singular vectors: turn them into left ones
+    if n < m:  # right singular vectors: turn them into left ones; QR keeps their order and survives zero columns
         vectors, _ = torch.linalg.qr(product @ vectors)
     left = metric.output.transposed_solve(vectors)
     right = vectors.t() @ metric.output.transposed_multiply(weight.double())
     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
-        raise WeightError(f"the factors of a {m} x {n} weight at rank {rank} are not finite; the statistics are degenerate")
-    return balance(left, right)
+        raise WeightError(f"the components of a {m} x {n} weight are not finite; the statistics are degenerate")
+    return Components(left, right)
 
 
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +88,7 @@ def _in_metric(weight: Tensor, metric: Metric) -> Tensor:
 def _short_gram(product: Tensor) -> Tensor:
     """`product @ product.T` or `product.T @ product`, whichever is smaller.
 
-    In float64, squaring leaves singular values of a float32 weight right to float32 accuracy and `eigh` of the short side
-    costs a fraction of an SVD.
+    In float64, squaring leaves singular values of a float32 weight right to float32 accuracy and `eigh` of the short
+    side costs a fraction of an SVD.
     """
     return product @ product.t() if product.shape[0] <= product.shape[1] else product.t() @ product

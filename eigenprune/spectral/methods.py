@@ -13,8 +13,8 @@ class Method:
     Attributes:
         input_metric: `none`, `abs-mean` (ASVD's diagonal) or `gram`.
         output_metric: `none` or `gram`.
-        allocation: the default: `uniform`, or `global`, which is sound only where the loss has one unit in all matrices.
-        shrink_input, shrink_output: fixed shrinkage of the Grams; None follows the token count.
+        allocation: the default: `uniform`, or `global`, which is sound only where the loss has one unit in all
+        matrices. shrink_input, shrink_output: fixed shrinkage of the Grams; None follows the token count.
         source: the paper, or where the formula stands.
     """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics: the square roots of statistics in which a truncation is measured (DESIGN 5.1).
 
-A truncation minimises `|| R (W - W') S ||_F` with `R^T R = F` on the output side and `S S^T = C` on the input side. Any root
-gives the same optimum, so a side is held as a lower Cholesky factor where there is one, as a symmetric root by `eigh`
+A truncation minimises `|| R (W - W') S ||_F` with `R^T R = F` on the output side and `S S^T = C` on the input side.
+Any root gives the same optimum, so a side is held as a lower Cholesky factor where there is one, as a root by `eigh`
 where the statistic is rank-deficient, as a vector where it is diagonal, or not at all.
 """
 
@@ -33,14 +33,14 @@ class Root:
     def right_multiply(self, weight: Tensor) -> Tensor:
         """weight [m, n] @ root."""
         if self.matrix is not None:
-            return weight @ self.matrix
-        return weight if self.scale is None else weight * self.scale
+            return torch.mm(weight, self.matrix)
+        return weight if self.scale is None else torch.mul(weight, self.scale)
 
     def transposed_multiply(self, weight: Tensor) -> Tensor:
         """root.T @ weight [n, m]."""
         if self.matrix is not None:
-            return self.matrix.t() @ weight
-        return weight if self.scale is None else self.scale.unsqueeze(1) * weight
+            return torch.mm(self.matrix.t(), weight)
+        return weight if self.scale is None else torch.mul(weight, self.scale.unsqueeze(1))
 
     def transposed_solve(self, vectors: Tensor) -> Tensor:
         """The inverse of root.T @ vectors [n, r]."""
@@ -75,8 +75,9 @@ def shrink(gram: Tensor, amount: float) -> Tensor:
 def default_shrinkage(tokens: int, width: int) -> float:
     """Shrinkage of a Gram of `width` features measured over `tokens` tokens, in [0, 1).
 
-    The sampling error of a Gram's eigenvalues grows with width / tokens; tokens of one text depend on each other, so each
-    counts for less than one. The factor reproduces 0.03 for 576-wide inputs at 48k tokens, measured best in DESIGN 5.1.
+    The sampling error of a Gram's eigenvalues grows with width / tokens; tokens of one text depend on each other, so
+    each counts for less than one. The factor reproduces 0.03 for 576-wide inputs at 48k tokens, measured best in
+    DESIGN 5.1.
     """
     ratio = 2.5 * width / max(1, tokens)
     return ratio / (1 + ratio)

@@ -11,9 +11,9 @@ MOST_SWAPS = 200
 def pivot_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Store `left [m, r] @ right [r, n]` by `r` of its own rows (PIFA, arXiv 2501.19090): r (m + n - r) numbers.
 
-    The rows are those that Gaussian elimination with row pivoting of `left` chooses, improved by the swaps of the maximum
-    volume algorithm (Goreinov et al., 2010) until no entry of the mix exceeds 2 in size: then rounding the rows to a
-    short dtype disturbs no other row by much.
+    The rows are those that Gaussian elimination with row pivoting of `left` chooses, improved by the swaps of the
+    maximum volume algorithm (Goreinov et al., 2010) until no entry of the mix exceeds 2 in size: then rounding the
+    rows to a short dtype disturbs no other row by much.
 
     Args:
         left, right: float64.

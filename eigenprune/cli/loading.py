@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load the model and tokenizer that a command names."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eigenprune.errors import CheckpointError, ConfigError
+
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_model(name: str, dtype: str = "auto", *, revision: str | None = None, quiet: bool = False) -> Any:
+    """The model of a folder or hub id, in the class that its config names, without its remote code.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded.
+        ConfigError: unknown dtype.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; there are: {', '.join(DTYPES)}")
+    if quiet:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        architecture = (config.architectures or ["AutoModel"])[0]
+        loader = getattr(transformers, architecture, None) if architecture in _model_classes() else None
+        loader = loader or transformers.AutoModelForCausalLM
+        return loader.from_pretrained(name, revision=revision, dtype=DTYPES[dtype])
+    except OSError as error:
+        raise CheckpointError(f"{name}: no model that can be loaded ({_first_line(error)})") from error
+    except (RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError | ConfigError):
+            raise
+        raise CheckpointError(f"{name} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{name}: no tokenizer beside the model ({_first_line(error)})") from error
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weight files in `folder`."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _model_classes() -> set[str]:
+    """The class names that transformers itself lists for its automatic classes: the closed list a config may name."""
+    from transformers.models.auto import modeling_auto
+
+    tables = [value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    names: set[str] = set()
+    for table in tables:
+        for entry in table.values():
+            names.update([entry] if isinstance(entry, str) else entry)
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `eigenprune` command and its exit codes.
+
+0 done; 1 an error that the message explains; 2 wrong usage; 130 interrupted.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+import typer
+
+from eigenprune import __version__
+from eigenprune.cli.evaluate import evaluate
+from eigenprune.cli.inspect import inspect
+from eigenprune.cli.output import fail
+from eigenprune.cli.prune import prune
+from eigenprune.errors import EigenpruneError
+
+app = typer.Typer(
+    name="eigenprune",
+    help="Make a Hugging Face model smaller by pruning singular components of its weight matrices.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+app.command("prune")(prune)
+app.command("eval")(evaluate)
+app.command("inspect")(inspect)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"eigenprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Say the version."),
+) -> None:
+    """Make a Hugging Face model smaller by pruning singular components of its weight matrices."""
+
+
+def main() -> None:
+    """Run the command line; errors of this package become one line and exit code 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.captureWarnings(True)
+    warnings.simplefilter("default", UserWarning)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except EigenpruneError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; statistics measured so far are kept, and the same command goes on from there", code=130)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`eigenprune prune`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eigenprune.cli.output import errors, show
+from eigenprune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from eigenprune.config import EigenpruneConfig
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the dense model.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; loads with plain `from_pretrained`.")],
+    keep: Annotated[float, typer.Option(help="Kept fraction of the parameters of the linear layers, in (0, 1].")],
+    method: Annotated[str, typer.Option(help="Row of the method table: kfac, svd-llm, asvd, svd.")] = "kfac",
+    layout: Annotated[str, typer.Option(help="How factors are stored: pivot or pair.")] = "pivot",
+    allocation: Annotated[str | None, typer.Option(help="Ranks: global or uniform; default: the method's own.")] = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(help="Calibration text (plain, .jsonl with a field 'text', .gz); repeat for more files."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 48,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Regular expression of layers to leave dense; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For methods that draw labels.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that is in the folder already.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress, no tables.")] = False,
+) -> None:
+    """Prune a model and save it as an ordinary checkpoint.
+
+    Examples:
+
+    - `eigenprune prune HuggingFaceTB/SmolLM2-135M-Instruct --out small --keep 0.8 --texts my_domain.jsonl`
+
+    - `eigenprune prune ./model --out ./small --keep 0.6 --layout pair --skip 'layers[.]0[.]' --json`
+    """
+    from eigenprune.cli.loading import folder_bytes, load_model, load_tokenizer
+    from eigenprune.config import EigenpruneConfig
+    from eigenprune.hub import save_model
+    from eigenprune.prune import prune_
+    from eigenprune.report import layer_table, summary_table
+
+    config = EigenpruneConfig(
+        keep=keep,
+        method=method,
+        layout=layout,
+        allocation=allocation,
+        rank_multiple=rank_multiple,
+        skip=tuple(skip or ()),
+        texts=None if texts is None else [str(path) for path in texts],
+        windows=windows,
+        window=window,
+        seed=seed,
+    )
+    if out.exists() and not overwrite:  # before minutes of work, not after
+        raise CheckpointError(f"{out} is there already: choose another folder, or pass --overwrite")
+    dense = load_model(model, dtype, revision=revision, quiet=quiet)
+    tokenizer = load_tokenizer(model, revision=revision) if config_needs_text(config) else None
+    if config.texts is None and config_needs_text(config) and not quiet:
+        errors.print("calibrating on the text that ships with Python; --texts FILE of the model's own domain is better")
+    report = prune_(dense, config, tokenizer=tokenizer, progress=not quiet)
+    save_model(dense, out, tokenizer=tokenizer, report=report, overwrite=overwrite)
+    result = report.to_dict() | {"out": str(out), "file_bytes": folder_bytes(out)}
+    show(
+        [layer_table(report.layers), "", summary_table(report), f"saved in {out}"], result, as_json=as_json, quiet=quiet
+    )
+
+
+def config_needs_text(config: "EigenpruneConfig") -> bool:
+    """Whether the method of `config` measures the model on text."""
+    from eigenprune.spectral import find_method
+
+    return bool(find_method(config.method).statistics)
