@@ -28,7 +28,7 @@ from transformers.utils import logging
 from eigenprune import EigenpruneConfig, perplexity, prune_, save_model
 from eigenprune.calibrate import BUILTIN, SEPARATOR, builtin_texts, read_texts, token_ids
 from eigenprune.calibrate.cache import model_fingerprint
-from eigenprune.evaluate import Speed, compare_decode, prefill_speed, spaced_windows, speed_ratio
+from eigenprune.evaluate import Speed, compare_decode, compare_prefill, spaced_windows, speed_ratio
 from eigenprune.report import summary_table
 
 PROMPTS = ("The capital of France is", "Water boils when", "Before writing a program, it helps to")
@@ -132,8 +132,8 @@ def default_text_cost(keep: float) -> str | None:
     if dense is None or not {"wikitext2", BUILTIN} <= found.keys():
         return None
     return (
-        f"At keep {keep:g}, WikiText-2 perplexity is {found['wikitext2'] / dense:.3f} x dense when calibrated on its own "
-        f"training text, and {found[BUILTIN] / dense:.3f} x on the text that ships with Python "
+        f"At keep {keep:g}, WikiText-2 perplexity is {found['wikitext2'] / dense:.3f} x dense when calibrated on its "
+        f"own training text, and {found[BUILTIN] / dense:.3f} x on the text that ships with Python "
         "(benchmarks/results/quality.jsonl)."
     )
 
@@ -185,7 +185,7 @@ def main() -> None:
     models = {"dense": dense_model, "pruned": model}
     prompt = windows[0][:64]
     decode = compare_decode(models, prompt, new_tokens=32, repeats=7)
-    prefill = {key: prefill_speed(each, tokens=256, repeats=7) for key, each in models.items()}
+    prefill = compare_prefill(models, tokens=256, repeats=7)
     console.print(comparison(dense, pruned, decode, prefill))
     for a, b in zip(dense.sentences, pruned.sentences, strict=True):
         console.print(f"  dense:  {a}\n  pruned: {b}", highlight=False)

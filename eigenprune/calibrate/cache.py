@@ -57,11 +57,23 @@ class PassFile:
         self.partial = self.finished.with_suffix(".partial.safetensors")
         self._saved_at = time.monotonic()
 
-    def resume(self, accumulator: Accumulator) -> int:
+    def is_finished(self) -> bool:
+        """Whether the means are on disk and whole; a damaged file is dropped."""
+        try:
+            with safe_open(self.finished, framework="pt"):
+                return True
+        except FileNotFoundError:
+            return False
+        except SafetensorError:
+            self.finished.unlink()
+            return False
+
+    def resume(self, accumulator: Accumulator, count: int) -> int:
         """Load half-finished sums into `accumulator`; returns how many windows they hold. Unusable ones are dropped."""
         try:
             with safe_open(self.partial, framework="pt") as opened:
                 facts = json.loads(opened.metadata()["progress"])
+            counts, windows = dict(facts["counts"]), int(facts["windows"])
             tensors = load_file(self.partial)
         except FileNotFoundError:
             return 0
@@ -69,15 +81,17 @@ class PassFile:
             self.partial.unlink()
             return 0
         sums = accumulator.tensors()
-        if {name: tensor.shape for name, tensor in tensors.items()} != {
-            name: total.shape for name, total in sums.items()
-        }:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        fits = (
+            shapes == {name: total.shape for name, total in sums.items()} and counts.keys() == accumulator.counts.keys()
+        )
+        if not fits or not 0 <= windows < count:
             self.partial.unlink()
             return 0
         for name, total in sums.items():
             total.copy_(tensors[name])
-        accumulator.counts.update(facts["counts"])
-        return int(facts["windows"])
+        accumulator.counts.update(counts)
+        return windows
 
     def save_now_and_then(self, accumulator: Accumulator, windows: int) -> None:
         """Save the sums over the first `windows` windows, if the last save is some time ago."""

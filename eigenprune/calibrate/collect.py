@@ -144,9 +144,9 @@ def _run_pass(
     progress: bool,
 ) -> None:
     """Sum over all windows not yet summed, save now and then, and write the means at the end."""
-    if saved is not None and saved.finished.exists():
+    if saved is not None and saved.is_finished():
         return
-    start = 0 if saved is None else saved.resume(accumulator)
+    start = 0 if saved is None else saved.resume(accumulator, len(windows))
     generator = torch.Generator()
     device = _device(model)
     bar = tqdm(total=len(windows), initial=start, desc=title, unit="window", disable=not progress, leave=False)
@@ -184,9 +184,10 @@ def _check_arguments(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.
         raise CalibrationError(f"unknown statistics {sorted(unknown)}; there are: {', '.join(KINDS)}")
     config: Any = getattr(model, "config", None)
     vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-    if vocabulary and int(windows.max()) >= vocabulary:
+    worst = int(windows.min()) if int(windows.min()) < 0 else int(windows.max())
+    if vocabulary and not 0 <= worst < vocabulary:
         raise CalibrationError(
-            f"token id {int(windows.max())} is outside the model's vocabulary of {vocabulary}: is this its tokenizer?"
+            f"token id {worst} is outside the model's vocabulary of {vocabulary}: is this its tokenizer?"
         )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
@@ -206,24 +207,31 @@ def _calibration_mode(model: nn.Module, backward: bool) -> Iterator[torch.dtype 
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     dtype = torch.bfloat16 if _dtype(model) == torch.float32 and has_fast_bfloat16(_device(model)) else None
-    with ExitStack() as stack:
-        model.eval()
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        if backward:
-            embeddings = model.get_input_embeddings()  # type: ignore[operator]
-            handle = embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
-            stack.callback(handle.remove)
-            stack.enter_context(checkpointed_blocks(model))
-        if dtype is not None:
-            stack.enter_context(torch.autocast(_device(model).type, dtype))
-        try:
+    try:
+        with ExitStack() as stack:
+            model.eval()
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            if backward:
+                for embeddings in _input_embeddings(model):
+                    handle = embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+                    stack.callback(handle.remove)
+                stack.enter_context(checkpointed_blocks(model))
+            if dtype is not None:
+                stack.enter_context(torch.autocast(_device(model).type, dtype))
             yield dtype
-        finally:
-            for parameter, flag in wanted.items():
-                parameter.requires_grad_(flag)
-            for module, flag in training.items():
-                module.training = flag
+    finally:
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The input embeddings, and those tied to them: encoder and decoder of a T5 look words up in modules of their own."""
+    named: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    tied = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is named.weight and m is not named]
+    return [named, *tied]
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 """The loss whose gradients the output statistics are made of, for models with and without labels."""
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ def sampled_label_loss(model: nn.Module, ids: Tensor, generator: torch.Generator
     """Summed loss, in nats, on labels drawn from the model's own prediction: the true Fisher needs no labels."""
     logits = model(**model_inputs(model, ids)).logits
     logits = logits.reshape(-1, logits.shape[-1])
-    labels = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
+    # NaN would stop the draw; with any label, the loss is NaN and the layer that made it is found and named.
+    drawn_from = logits.detach().float().nan_to_num().softmax(-1).cpu()
+    labels = torch.multinomial(drawn_from, 1, generator=generator).squeeze(1)
     return summed_cross_entropy(logits, labels.to(logits.device))
 
 
@@ -59,7 +62,9 @@ def is_causal(model: nn.Module) -> bool:
 
 def model_inputs(model: nn.Module, ids: Tensor) -> dict[str, Any]:
     """What the forward of `model` is called with for token `ids` [batch, window]."""
-    inputs = {"input_ids": ids}
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if "use_cache" in signature(model.forward).parameters:
+        inputs["use_cache"] = False  # a cache would be filled a second time when a block is recomputed
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     return inputs

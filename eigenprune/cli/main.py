@@ -4,10 +4,13 @@
 0 done; 1 an error that the message explains; 2 wrong usage; 130 interrupted.
 """
 
+import functools
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -26,9 +29,26 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-app.command("prune")(prune)
-app.command("eval")(evaluate)
-app.command("inspect")(inspect)
+
+
+def explained(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with this package's errors and Ctrl-C turned into one line and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except EigenpruneError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            fail("interrupted; statistics measured so far are kept, and the same command goes on from there", code=130)
+
+    return run
+
+
+app.command("prune")(explained(prune))
+app.command("eval")(explained(evaluate))
+app.command("inspect")(explained(inspect))
 
 
 def _print_version(wanted: bool) -> None:
@@ -45,14 +65,9 @@ def root(
 
 
 def main() -> None:
-    """Run the command line; errors of this package become one line and exit code 1."""
+    """Run the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.captureWarnings(True)
     warnings.simplefilter("default", UserWarning)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    try:
-        app()
-    except EigenpruneError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted; statistics measured so far are kept, and the same command goes on from there", code=130)
+    app()

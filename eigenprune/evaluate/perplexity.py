@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eigenprune.errors import CalibrationError, WeightError
-
-from ._mode import evaluation, input_device, vocabulary_size
+from eigenprune.evaluate._mode import evaluation, input_device, vocabulary_size
 
 # Rows of logits turned into float32 losses at a time: 128 x 49152 x 4 bytes is 25 MB.
 _ROWS_PER_CHUNK = 128

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenprune.errors import CalibrationError, ConfigError
-
-from ._mode import evaluation, input_device, vocabulary_size
+from eigenprune.evaluate._mode import evaluation, input_device, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -78,16 +77,25 @@ def compare_decode(
 def prefill_speed(model: nn.Module, tokens: int = 512, repeats: int = 5) -> Speed:
     """Measure reading one prompt of `tokens` seeded random ids into a fresh cache, as generation does.
 
-    Only the last position's logits are asked for where the model can do that. Raises `ConfigError` for
-    `tokens` or `repeats` below 1, or a model whose vocabulary is unknown.
+    Only the last position's logits are asked for where the model can do that. Raises as `compare_prefill`.
     """
-    _check_counts(tokens=tokens, repeats=repeats)
-    vocabulary = vocabulary_size(model)
-    if vocabulary is None:
-        raise ConfigError(f"{type(model).__name__} has no get_input_embeddings(): a prompt cannot be made")
-    prompt = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
-    seconds = _take_turns({"model": partial(_time_prefill, model, prompt)}, repeats)["model"]
-    return _summary("prefill", model, 1, tokens, seconds)
+    return compare_prefill({"model": model}, tokens, repeats)["model"]
+
+
+def compare_prefill(models: Mapping[str, nn.Module], tokens: int = 512, repeats: int = 5) -> dict[str, Speed]:
+    """Measure `prefill_speed` of several models in turns, so that their ratio is fair on a noisy machine.
+
+    Raises `ConfigError` for no model, `tokens` or `repeats` below 1, or a model whose vocabulary is unknown.
+    """
+    _check_counts(tokens=tokens, repeats=repeats, models=len(models))
+    sizes = {name: vocabulary_size(model) for name, model in models.items()}
+    for name, size in sizes.items():
+        if size is None:
+            raise ConfigError(f"{type(models[name]).__name__} has no get_input_embeddings(): a prompt cannot be made")
+    smallest = min(size for size in sizes.values() if size is not None)
+    prompt = torch.randint(smallest, (1, tokens), generator=torch.Generator().manual_seed(0))
+    seconds = _take_turns({name: partial(_time_prefill, model, prompt) for name, model in models.items()}, repeats)
+    return {name: _summary("prefill", model, 1, tokens, seconds[name]) for name, model in models.items()}
 
 
 def speed_ratio(new: Speed, base: Speed) -> tuple[float, float, float]:

@@ -10,30 +10,33 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eigenprune.errors import CheckpointError
+from eigenprune.layers import LowRankLinear
+
+FACTOR_DTYPES = ("F64", "F32", "BF16", "F16")  # an 8-bit float without its scale is no weight
 
 
-def check_factor_files(
-    files: Sequence[str | Path], modules: Mapping[str, Sequence[Any]], shapes: Mapping[str, tuple[int, int]]
-) -> None:
-    """Check that the safetensors `files` hold the factors of every layer, in the shapes that config and model imply.
+def check_factor_files(files: Sequence[str | Path], layers: Mapping[str, LowRankLinear]) -> set[str]:
+    """Check that the safetensors `files` hold every tensor of the factored `layers`, in its shape and of its kind.
 
     transformers fills a missing tensor with random numbers and a warning; a pruned model must not run on those.
 
     Args:
-        modules: {layer name in the files: (layout, rank)}.
-        shapes: {layer name: (out, in)}; layers not named here are not looked at.
+        files: all files of the checkpoint.
+        layers: {layer name in the files: the still empty layer, as config and model imply it}.
+
+    Returns:
+        The names of other factored layers that the files hold.
 
     Raises:
-        CheckpointError: a file is cut short or no safetensors file, or a factor is missing, or its shape or type is
+        CheckpointError: a file is cut short or no safetensors file, or a tensor is missing, or its shape or type is
             wrong, or pivots are out of range or repeated.
     """
-    expected = {}
-    for name, (out_features, in_features) in shapes.items():
-        layout, rank = modules[name]
-        expected[f"{name}.right.weight"] = [rank, in_features]
-        expected[f"{name}.left.weight"] = [out_features - rank * (layout == "pivot"), rank]
-        if layout == "pivot":
-            expected[f"{name}.pivots"] = [rank]
+    expected = {
+        f"{name}.{part}": (list(tensor.shape), layer)
+        for name, layer in layers.items()
+        for part, tensor in layer.state_dict().items()
+    }
+    found: set[str] = set()
     for file in map(Path, files):
         if file.suffix != ".safetensors":
             raise CheckpointError(
@@ -41,27 +44,31 @@ def check_factor_files(
             )
         try:
             with safe_open(file, framework="pt") as opened:
+                found.update(opened.keys())
                 for key in expected.keys() & set(opened.keys()):
-                    _check_tensor(key, opened, expected.pop(key), shapes)
+                    shape, layer = expected.pop(key)
+                    _check_tensor(key, opened, shape, layer.out_features)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file.name} is cut short or damaged ({error}): download or save it again"
+                f"{file.name} is missing, cut short or damaged ({error}): download or save it again"
             ) from error
     if expected:
         some = ", ".join(sorted(expected)[:3])
         raise CheckpointError(
             f"{len(expected)} tensors of factored layers are missing from the checkpoint, among them {some}"
         )
+    factored = {key.removesuffix(".right.weight") for key in found if key.endswith(".right.weight")}
+    return {name for name in factored if f"{name}.left.weight" in found} - layers.keys()
 
 
-def _check_tensor(key: str, opened: Any, shape: list[int], shapes: Mapping[str, tuple[int, int]]) -> None:
+def _check_tensor(key: str, opened: Any, shape: list[int], out_features: int) -> None:
     part = opened.get_slice(key)
     if list(part.get_shape()) != shape:
         raise CheckpointError(f"{key} has shape {list(part.get_shape())} in the file, and {shape} by the config")
     if key.endswith(".pivots"):
-        check_pivots(opened.get_tensor(key), shapes[key.removesuffix(".pivots")][0], key)
-    elif not part.get_dtype().startswith(("F", "BF")):
-        raise CheckpointError(f"{key} is stored as {part.get_dtype()}, not as floating-point numbers")
+        check_pivots(opened.get_tensor(key), out_features, key)
+    elif part.get_dtype() not in FACTOR_DTYPES:
+        raise CheckpointError(f"{key} is stored as {part.get_dtype()}, not as one of {', '.join(FACTOR_DTYPES)}")
 
 
 def check_pivots(pivots: Tensor, out_features: int, key: str) -> None:

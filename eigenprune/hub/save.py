@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from eigenprune.errors import CheckpointError
+from eigenprune.hub.rename import put_in_place
 from eigenprune.layers import low_rank_layers
 from eigenprune.report import PruneReport
 
@@ -54,7 +55,7 @@ def save_model(
             (staged / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         _follow_umask(staged)
         _force_to_disk(staged)
-        _rename_over(staged, folder)
+        put_in_place(staged, folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}; nothing was changed") from error
     finally:
@@ -101,18 +102,3 @@ def _force_to_disk(staged: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _rename_over(staged: Path, folder: Path) -> None:
-    """Put `staged` at `folder`. No folder can be renamed over a full one, so an old one steps aside first."""
-    if not folder.exists():
-        os.rename(staged, folder)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-    os.rename(folder, aside)  # over the empty folder just made
-    try:
-        os.rename(staged, folder)
-    except OSError:
-        os.rename(aside, folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

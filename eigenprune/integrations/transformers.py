@@ -33,16 +33,16 @@ class EigenpruneHfQuantizer(HfQuantizer):
         """Put empty factored layers in before any weight is read; the meta device and the dtype are set here."""
         if not self.pre_quantized:
             return
-        shapes = {}
+        layers = {}
         for saved_name, (layout, rank) in self.quantization_config.modules.items():
             name = _name_in(model, saved_name)
             if name is None:
                 continue
-            new = empty_factored_layer(model.get_submodule(name), saved_name, layout, rank)
-            shapes[saved_name] = (new.out_features, new.in_features)
-            replace_module_(model, name, new)
+            layers[saved_name] = empty_factored_layer(model.get_submodule(name), saved_name, layout, rank)
+            replace_module_(model, name, layers[saved_name])
         if checkpoint_files is not None:
-            check_factor_files(checkpoint_files, self.quantization_config.modules, shapes)
+            unnamed = check_factor_files(checkpoint_files, layers) - self.quantization_config.modules.keys()
+            _refuse_unnamed(model, unnamed)
         if self.quantization_config.modules:
             _ignore_sentinel(model, self.quantization_config.modules)
 
@@ -126,23 +126,36 @@ def _name_in(model: nn.Module, saved_name: str) -> str | None:
         CheckpointError: there is no such layer.
     """
     prefix = f"{model.base_model_prefix}."
-    is_trunk = model.base_model is model
-    names = [saved_name]
-    if is_trunk and saved_name.startswith(prefix):
-        names.append(saved_name.removeprefix(prefix))
-    elif not is_trunk:
-        names.append(prefix + saved_name)
-    for name in names:
-        try:
-            model.get_submodule(name)
-        except AttributeError:
-            continue
-        return name
-    if is_trunk and not saved_name.startswith(prefix):
+    for name in (saved_name, prefix + saved_name, saved_name.removeprefix(prefix)):
+        if _has(model, name):
+            return name
+    other_class = type(model).__name__ not in (model.config.architectures or [type(model).__name__])
+    if other_class and not saved_name.startswith(prefix):
         return None
     raise CheckpointError(
         f"the config says that {saved_name} is factored, but {type(model).__name__} has no such layer"
     )
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _refuse_unnamed(model: nn.Module, names: set[str]) -> None:
+    """Refuse a checkpoint with factors of a layer that stays dense by its config: it would get random weights.
+
+    Raises:
+        CheckpointError: there is such a layer.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for saved_name in sorted(names):
+        for name in (saved_name, prefix + saved_name, saved_name.removeprefix(prefix)):
+            if _has(model, name) and is_dense(model.get_submodule(name)):
+                raise CheckpointError(f"the checkpoint holds factors of {saved_name}, which its config does not name")
 
 
 def _sentinel(modules: dict[str, list[Any]]) -> str:

@@ -44,11 +44,14 @@ class Root:
 
     def transposed_solve(self, vectors: Tensor) -> Tensor:
         """The inverse of root.T @ vectors [n, r]."""
+        solved: Tensor = vectors
         if self.matrix is not None and self.lower:
-            return torch.linalg.solve_triangular(self.matrix.t(), vectors, upper=True)
-        if self.matrix is not None:
-            return torch.linalg.solve(self.matrix.t(), vectors)
-        return vectors if self.scale is None else vectors / self.scale.unsqueeze(1)
+            solved = torch.linalg.solve_triangular(self.matrix.t(), vectors, upper=True)
+        elif self.matrix is not None:
+            solved = torch.linalg.solve(self.matrix.t(), vectors)
+        elif self.scale is not None:
+            solved = vectors / self.scale.unsqueeze(1)
+        return solved
 
 
 def square_root(gram: Tensor) -> Root:
