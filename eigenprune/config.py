@@ -46,7 +46,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
     """
 
     quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
-    keep: float = 1.0
+    keep: float = 0.8
     method: str = "kfac"
     layout: str = "pivot"
     allocation: str | None = None

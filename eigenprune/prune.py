@@ -96,7 +96,8 @@ def prune_(
     if low_rank_layers(model):
         raise ConfigError("the model is pruned already; prune the dense model, or turn this one back with to_dense_")
     selection = select_layers(model, config.skip)
-    chosen, skipped = dict(selection.chosen), dict(selection.skipped)
+    chosen, skipped = selection.chosen, selection.skipped  # not copies: a factored layer's weight must go
+    _require_layers(chosen, skipped)
     _check_weights(chosen)
 
     if method.statistics and statistics is None:
@@ -118,8 +119,7 @@ def prune_(
             del chosen[name]
     if not method.statistics:
         warnings.warn(DATA_FREE_WARNING, stacklevel=2)
-    if not chosen:
-        raise ConfigError(f"no layer to prune: {sorted(set(skipped.values())) or 'the model has no linear layer'}")
+    _require_layers(chosen, skipped)
 
     with clock("spectra"):
         options: dict[str, Options] = {}
@@ -138,15 +138,7 @@ def prune_(
 
     report = PruneReport(
         layers=tuple(_layer_reports(selection.shapes, choices, skipped, config.layout)),
-        settings={
-            "keep": config.keep,
-            "method": config.method,
-            "layout": config.layout,
-            "allocation": allocation,
-            "rank_multiple": config.rank_multiple,
-            "seed": config.seed,
-            "skip": list(config.skip),
-        },
+        settings=_settings(config, allocation),
         calibration=statistics.facts.to_dict() if statistics is not None and method.statistics else {},
         model_parameters=(before[0], _size(model)[0]),
         model_bytes=(before[1], _size(model)[1]),
@@ -173,6 +165,16 @@ def factored_layer(module: nn.Module, found: Components, rank: int, layout: str)
     for factor in (new.left.weight, new.right.weight):
         factor.requires_grad_(dense_weight(module).requires_grad)
     return new
+
+
+def _settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:
+    names = ("keep", "method", "layout", "rank_multiple", "seed")
+    return {name: getattr(config, name) for name in names} | {"allocation": allocation, "skip": list(config.skip)}
+
+
+def _require_layers(chosen: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> None:
+    if not chosen:
+        raise ConfigError(f"no layer to prune: {sorted(set(skipped.values())) or 'the model has no linear layer'}")
 
 
 def _windows(

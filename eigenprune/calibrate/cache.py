@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,9 +44,17 @@ def windows_hash(windows: Tensor) -> str:
     return digest.hexdigest()
 
 
-def cache_key(model: str, texts: str, settings: Sequence[str]) -> str:
-    """The name of the folder for these statistics."""
-    return hashlib.sha256(json.dumps([CACHE_VERSION, model, texts, *settings]).encode()).hexdigest()[:32]
+def cache_key(model: nn.Module, texts: str, settings: Sequence[str]) -> str:
+    """The name of the folder for the statistics of `model` on the texts of that hash."""
+    key = [CACHE_VERSION, model_fingerprint(model), _architecture(model), texts, *settings]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+
+
+def _architecture(model: nn.Module) -> str:
+    """What the config says beside the weights (a rope base, say), without where the model was loaded from."""
+    config: Any = getattr(model, "config", None)
+    values = {} if config is None else {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    return json.dumps(values, sort_keys=True, default=str)
 
 
 class PassFile:

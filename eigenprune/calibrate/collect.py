@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eigenprune.calibrate.accumulate import Accumulator, inner_positions
-from eigenprune.calibrate.cache import PassFile, cache_key, model_fingerprint, windows_hash
+from eigenprune.calibrate.cache import PassFile, cache_key, windows_hash
 from eigenprune.calibrate.checkpointing import checkpointed_blocks
 from eigenprune.calibrate.inputs import shared_inputs
 from eigenprune.calibrate.objective import Objective, model_inputs, objective_for
@@ -89,7 +89,7 @@ def collect_statistics(
         else:
             plans = plan_passes(layers, groups, kinds, memory_bytes)
             settings = [*sorted(kinds), facts.objective, facts.compute_dtype, str(seed), repr(sorted(groups.items()))]
-            folder = cache_dir / cache_key(model_fingerprint(model), facts.texts_hash, settings)
+            folder = cache_dir / cache_key(model, facts.texts_hash, settings)
             folder.mkdir(parents=True, exist_ok=True)
         files: list[Path] = []
         tensors: Mapping[str, Tensor] = {}
@@ -102,6 +102,7 @@ def collect_statistics(
                 tensors = accumulator.to_means_()
             else:
                 files.append(saved.finished)
+            del accumulator  # before the next one asks for as much memory
     if files:
         tensors = SafetensorsFolder(files)
     return Statistics(tensors, groups, facts)
@@ -228,7 +229,7 @@ def _calibration_mode(model: nn.Module, backward: bool) -> Iterator[torch.dtype 
 
 
 def _input_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The input embeddings, and those tied to them: encoder and decoder of a T5 look words up in modules of their own."""
+    """The input embeddings, and those tied to them: a T5 has one module for the encoder and one for the decoder."""
     named: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     tied = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is named.weight and m is not named]
     return [named, *tied]

@@ -7,6 +7,7 @@ from torch import Tensor
 # Columns of a block row. At 256 a Gram of width 1536 takes 58 % of the products and of the memory of the full square,
 # and the blocks are still large enough for a full GEMM rate.
 BLOCK = 256
+ROUNDING = 1e-6  # of a mean norm: what float32 leaves of a gradient that is zero
 
 
 class GramSum:
@@ -48,9 +49,9 @@ def clip_norms_(rows: Tensor, low: float, high: float) -> Tensor:
     """Scale each row of `rows` [tokens, n], in place, to a norm within [low, high] times the mean norm of all."""
     norms = torch.linalg.vector_norm(rows, dim=1)
     mean = norms.mean()
-    tiny = torch.finfo(rows.dtype).tiny
-    scale = norms.clamp(low * mean, high * mean) / norms.clamp_min(tiny)
-    scale = torch.where(norms > tiny, scale, torch.ones_like(scale))  # a row of zeros has no direction to scale
+    scale = norms.clamp(low * mean, high * mean) / norms.clamp_min(torch.finfo(rows.dtype).tiny)
+    # A row that is zero up to rounding has no direction worth scaling.
+    scale = torch.where(norms > ROUNDING * mean, scale, torch.ones_like(scale))
     outside = (scale != 1).nonzero().squeeze(1)  # few: scaling all rows would cost a pass over memory
     rows.index_copy_(0, outside, rows[outside] * scale[outside].unsqueeze(1))
     return rows

@@ -28,7 +28,11 @@ def put_in_place(staged: Path, folder: Path) -> None:
         shutil.rmtree(staged, ignore_errors=True)
     else:
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-        os.rename(folder, aside)  # over the empty folder just made
+        try:
+            os.rename(folder, aside)  # over the empty folder just made
+        except OSError:
+            aside.rmdir()
+            raise
         try:
             os.rename(staged, folder)
         except OSError:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from eigenprune.errors import CheckpointError
+from eigenprune.hub.checkpoint import check_pivots
 from eigenprune.hub.rename import put_in_place
 from eigenprune.layers import low_rank_layers
 from eigenprune.report import PruneReport
@@ -45,9 +47,10 @@ def save_model(
     if folder.exists() and not (folder.is_dir() and _looks_like_model(folder)):
         raise CheckpointError(f"{folder} holds something other than a model; it is not overwritten")
     check_factors(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".saving", dir=folder.parent))
+    staged = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".saving", dir=folder.parent))
         model.save_pretrained(staged, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
@@ -56,10 +59,11 @@ def save_model(
         _follow_umask(staged)
         _force_to_disk(staged)
         put_in_place(staged, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with an error of its own
         raise CheckpointError(f"{folder} cannot be written: {error}; nothing was changed") from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        if staged is not None:
+            shutil.rmtree(staged, ignore_errors=True)
     return folder
 
 
@@ -67,9 +71,11 @@ def check_factors(model: nn.Module) -> None:
     """Check every factored layer of `model` against its own layout and rank.
 
     Raises:
-        CheckpointError: a factor has the wrong shape or type, or holds NaN or infinity.
+        CheckpointError: a factor has the wrong shape or type, or holds NaN or infinity, or pivots are not distinct rows.
     """
     for name, module in low_rank_layers(model).items():
+        if module.layout == "pivot" and module.pivots.device.type != "meta":
+            check_pivots(module.pivots, module.out_features, f"{name}.pivots")
         rows = module.out_features - (module.rank if module.layout == "pivot" else 0)
         expected = {"right": (module.rank, module.in_features), "left": (rows, module.rank)}
         for part, shape in expected.items():

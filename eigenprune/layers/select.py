@@ -113,9 +113,10 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _shared_storages(model: nn.Module) -> Counter[int]:
-    """How many parameters, by (module, name) and not by object, live in each storage."""
+    """How many parameters, by the places where they can be reached and not by object, live in each storage."""
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     counts: Counter[int] = Counter()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            counts[_storage(parameter)] += 1
+            counts[_storage(parameter)] += max(1, places[id(module)])
     return counts

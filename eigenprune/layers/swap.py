@@ -26,5 +26,8 @@ def to_dense_(model: nn.Module) -> nn.Module:
     for name, module in low_rank_layers(model).items():
         weight = module.weight.detach()
         dense = dense_like(weight.t() if module.conv1d else weight, module.bias, conv1d=module.conv1d)
+        dense.requires_grad_(module.right.weight.requires_grad)
+        if module.bias is not None:
+            dense.get_parameter("bias").requires_grad_(module.bias.requires_grad)
         replace_module_(model, name, dense)
     return model

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of methods: each row truncates as its paper says, written out here in full."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from eigenprune.calibrate.statistics import Facts, Statistics
+from eigenprune.errors import ConfigError
+from eigenprune.spectral import ALLOCATIONS, METHODS, components, find_method, layer_metric
+from eigenprune.spectral.metric import INPUT_REFERENCE, OUTPUT_REFERENCE, default_shrinkage
+
+OUT, IN, TOKENS, RANK = 14, 10, 200, 4
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def truncated(matrix: Tensor, rank: int) -> Tensor:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
+
+
+def symmetric_root(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors @ torch.diag(values.sqrt()) @ vectors.t()
+
+
+@pytest.fixture
+def data() -> dict[str, Tensor]:
+    x = normal(TOKENS, IN, seed=1) @ normal(IN, IN, seed=2)
+    g = normal(TOKENS, OUT, seed=3) @ normal(OUT, OUT, seed=4)
+    return {"w": normal(OUT, IN, seed=5), "x": x.float().double(), "g": g.float().double()}
+
+
+def svd(data: dict[str, Tensor]) -> Tensor:
+    return truncated(data["w"], RANK)
+
+
+def asvd(data: dict[str, Tensor]) -> Tensor:
+    """ASVD: W = W S S^-1 with S = diag(mean |x|)^alpha, alpha = 0.5; truncate W S."""
+    scale = torch.diag(data["x"].abs().mean(0) ** 0.5)
+    return truncated(data["w"] @ scale, RANK) @ torch.linalg.inv(scale)
+
+
+def svd_llm(data: dict[str, Tensor]) -> Tensor:
+    """SVD-LLM: S the Cholesky factor of X X^T; truncate W S, multiply by S^-1."""
+    whitener = torch.linalg.cholesky(data["x"].t() @ data["x"])
+    return truncated(data["w"] @ whitener, RANK) @ torch.linalg.inv(whitener)
+
+
+def kfac(data: dict[str, Tensor]) -> Tensor:
+    """KFAC-SVD: F^1/2 W C^1/2 with shrunk second moments, symmetric roots."""
+    roots = []
+    for rows, reference in ((data["g"], OUTPUT_REFERENCE), (data["x"], INPUT_REFERENCE)):
+        gram = rows.t() @ rows / TOKENS
+        amount = default_shrinkage(TOKENS, reference)
+        mean = gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        roots.append(symmetric_root((1 - amount) * gram + amount * mean))
+    left, right = roots
+    return torch.linalg.inv(left) @ truncated(left @ data["w"] @ right, RANK) @ torch.linalg.inv(right)
+
+
+LITERAL = {"svd": svd, "asvd": asvd, "svd-llm": svd_llm, "kfac": kfac}
+
+
+def test_every_method_has_a_literal_twin_here() -> None:
+    assert set(LITERAL) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_truncates_as_its_paper_says(data: dict[str, Tensor], name: str) -> None:
+    tensors = {
+        "input_gram.x/0": (data["x"].t() @ data["x"] / TOKENS).float(),
+        "input_abs_mean.x": data["x"].abs().mean(0).float(),
+        "output_gram.x/0": (data["g"].t() @ data["g"] / TOKENS).float(),
+    }
+    facts = Facts(TOKENS, TOKENS, 1, TOKENS, "next-token", "float32", "")
+    metric = layer_metric(find_method(name), Statistics(tensors, {"x": "x"}, facts), "x")
+    left, right = components(data["w"], metric).truncated(RANK)
+    wanted = LITERAL[name](data)
+    # Statistics are held in float32; the truncation turns their error by the condition of both roots and the gap of
+    # the spectrum, here at most some thousand together.
+    assert float((left @ right - wanted).norm() / wanted.norm()) <= 5e3 * torch.finfo(torch.float32).eps
+
+
+def test_data_changes_what_is_kept(data: dict[str, Tensor]) -> None:
+    results = {name: twin(data) for name, twin in LITERAL.items()}
+    for name, value in results.items():
+        for other, another in results.items():
+            assert name == other or float((value - another).norm() / value.norm()) > 0.02
+
+
+def test_rows_name_what_they_need_and_an_allocation_that_exists() -> None:
+    assert {name: row.statistics for name, row in METHODS.items()} == {
+        "kfac": ("input_gram", "output_gram"),
+        "svd-llm": ("input_gram",),
+        "asvd": ("input_gram",),
+        "svd": (),
+    }
+    for name, row in METHODS.items():
+        assert row.allocation in ALLOCATIONS
+        assert row.source
+        assert row.allocation == "uniform" or row.output_metric == "gram", f"{name}: no common unit of loss"
+
+
+@pytest.mark.parametrize("name", ["", "KFAC", "svdllm", None, ["kfac"]])
+def test_an_unknown_method_is_a_config_error_that_lists_them(name: object) -> None:
+    with pytest.raises(ConfigError, match="is unknown; there are: kfac, svd-llm, asvd, svd"):
+        find_method(name)
