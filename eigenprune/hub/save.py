@@ -71,7 +71,7 @@ def check_factors(model: nn.Module) -> None:
     """Check every factored layer of `model` against its own layout and rank.
 
     Raises:
-        CheckpointError: a factor has the wrong shape or type, or holds NaN or infinity, or pivots are not distinct rows.
+        CheckpointError: a factor has the wrong shape or type, holds NaN or infinity, or has bad pivots.
     """
     for name, module in low_rank_layers(model).items():
         if module.layout == "pivot" and module.pivots.device.type != "meta":
