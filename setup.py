@@ -64,9 +64,7 @@ def find_nvcc() -> str | None:
 
 def toolkit_root(nvcc: str) -> Path:
     """The folder with include/ and lib64/. nvcc may be a wrapper script, so it is asked for it."""
-    plan = subprocess.run(
-        [nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
-    )
+    plan = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
     top = re.search(r"^#\$ TOP=(.+)$", plan.stderr + plan.stdout, re.MULTILINE)
     if top is None:
         raise SystemExit(f"{nvcc} -dryrun names no toolkit folder; set CUDA_HOME.")

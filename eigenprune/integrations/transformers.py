@@ -129,7 +129,8 @@ def _name_in(model: nn.Module, saved_name: str) -> str | None:
     for name in (saved_name, prefix + saved_name, saved_name.removeprefix(prefix)):
         if _has(model, name):
             return name
-    other_class = type(model).__name__ not in (model.config.architectures or [type(model).__name__])
+    config: Any = model.config
+    other_class = type(model).__name__ not in (config.architectures or [type(model).__name__])
     if other_class and not saved_name.startswith(prefix):
         return None
     raise CheckpointError(

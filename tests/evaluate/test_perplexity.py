@@ -89,9 +89,7 @@ def test_half_precision_logits_are_summed_in_float32(model: LlamaForCausalLM, id
     assert perplexity(model.bfloat16(), windows, progress=False).loss == pytest.approx(exact, rel=2**-6)
 
 
-def test_each_module_gets_its_own_mode_back_and_no_gradient_stays(
-    model: LlamaForCausalLM, ids: Tensor
-) -> None:
+def test_each_module_gets_its_own_mode_back_and_no_gradient_stays(model: LlamaForCausalLM, ids: Tensor) -> None:
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
     first = perplexity(model, [ids[:64]], progress=False)
@@ -135,9 +133,7 @@ def test_unusable_windows_are_refused(model: LlamaForCausalLM, windows: list[Ten
     assert model.training
 
 
-def test_progress_bar_goes_to_standard_error_only(
-    model: LlamaForCausalLM, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_bar_goes_to_standard_error_only(model: LlamaForCausalLM, capsys: pytest.CaptureFixture[str]) -> None:
     perplexity(model, [torch.tensor([1, 2, 3])], progress=True)
     seen = capsys.readouterr()
     assert seen.out == ""
@@ -154,9 +150,7 @@ def test_overflowing_loss_gives_infinity_and_no_exception(model: LlamaForCausalL
     assert math.isfinite(result.loss)
 
 
-def test_logits_are_upcast_in_chunks(
-    model: LlamaForCausalLM, ids: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_are_upcast_in_chunks(model: LlamaForCausalLM, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     real = torch.nn.functional.cross_entropy
 
@@ -169,9 +163,7 @@ def test_logits_are_upcast_in_chunks(
     assert rows == [128, 128, 43]
 
 
-@pytest.mark.parametrize(
-    ("length", "window"), [(2, 2), (2, 9), (10, 4), (11, 4), (12, 4), (13, 4), (700, 1024)]
-)
+@pytest.mark.parametrize(("length", "window"), [(2, 2), (2, 9), (10, 4), (11, 4), (12, 4), (13, 4), (700, 1024)])
 def test_contiguous_windows_predict_every_token_but_the_first_once(length: int, window: int) -> None:
     windows = contiguous_windows(torch.arange(length), window)
     assert torch.cat([piece[1:] for piece in windows]).tolist() == list(range(1, length))

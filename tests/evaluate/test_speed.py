@@ -46,9 +46,7 @@ def test_decoding_is_greedy_with_a_cache_and_equals_generate() -> None:
     calls: list[Any] = []
     record_inputs(model, calls)
     decode_speed(model, PROMPT, new_tokens=6, repeats=1)
-    one_run = [
-        ids for _, ids in calls[: len(calls) // 2]
-    ]  # the other half is the timed run after the warm-up
+    one_run = [ids for _, ids in calls[: len(calls) // 2]]  # the other half is the timed run after the warm-up
     assert one_run[0] == [PROMPT.tolist()]
     assert [ids[0][0] for ids in one_run[1:]] == expected[0, len(PROMPT) :].tolist()
     assert all(len(ids[0]) == 1 for ids in one_run[1:])

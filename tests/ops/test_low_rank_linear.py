@@ -104,9 +104,7 @@ def test_mixed_dtypes_are_refused(route, name):
     tensors = {"x": torch.zeros(2, 6), "right": torch.zeros(3, 6), "left": torch.zeros(4, 3)}
     tensors["bias"] = torch.zeros(4)
     tensors[name] = tensors[name].bfloat16()
-    with pytest.raises(
-        RuntimeError, match=f"{name} and x must have one dtype .torch.bfloat16, torch.float32"
-    ):
+    with pytest.raises(RuntimeError, match=f"{name} and x must have one dtype .torch.bfloat16, torch.float32"):
         route(*tensors.values())
 
 

@@ -63,9 +63,7 @@ def test_interleaving_is_bit_equal_to_the_reference(dtype):
     right, left = factors(1500, 300, 64, dtype, pivot=True)  # 65 rows: several grains of parallel_for
     pivots, bias = pivots_of(1500, 300, ascending=False), normal(1500, dtype=dtype, seed=5)
     x = normal(65, 64, dtype=dtype)
-    assert torch.equal(
-        operator(x, right, left, pivots, bias), pivot_linear_reference(x, right, left, pivots, bias)
-    )
+    assert torch.equal(operator(x, right, left, pivots, bias), pivot_linear_reference(x, right, left, pivots, bias))
 
 
 @ROUTES
@@ -86,9 +84,7 @@ def test_gradients_match_finite_differences(route, pattern):
 def test_second_derivatives(route):
     right, left = factors(5, 2, 3, pivot=True)
     tensors = [tensor.requires_grad_() for tensor in (normal(2, 3), right, left)]
-    assert torch.autograd.gradgradcheck(
-        lambda x, r, m: route(x, r, m, pivots_of(5, 2, ascending=False), None), tensors
-    )
+    assert torch.autograd.gradgradcheck(lambda x, r, m: route(x, r, m, pivots_of(5, 2, ascending=False), None), tensors)
 
 
 @ROUTES

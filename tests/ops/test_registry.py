@@ -89,8 +89,7 @@ def test_inductor_agrees(name, gradient):
     compiled = torch.compile(function, fullgraph=True)
     arguments = next(iter(SAMPLES[name](torch.float32)))
     left, right = (
-        [a.detach().clone().requires_grad_(gradient and a.is_floating_point()) for a in arguments]
-        for _ in "ab"
+        [a.detach().clone().requires_grad_(gradient and a.is_floating_point()) for a in arguments] for _ in "ab"
     )
     y, expected = compiled(*left), function(*right)
     torch.testing.assert_close(y, expected)
