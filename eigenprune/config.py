@@ -53,7 +53,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
     rank_multiple: int = 8
     skip: Sequence[str] = ()
     texts: Sequence[str | PathLike[str]] | None = None
-    windows: int = 48
+    windows: int = 40
     window: int = 1024
     seed: int = 0
     modules: dict[str, list[Any]] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from eigenprune.layers import (
     replace_module_,
     select_layers,
 )
+from eigenprune.memory import page_span, release_pages, release_unused
 from eigenprune.report import LayerReport, PruneReport
 from eigenprune.spectral import (
     Choice,
@@ -123,18 +124,21 @@ def prune_(
 
     with clock("spectra"):
         options: dict[str, Options] = {}
-        for name, module in _bar(chosen, "spectra", progress):
-            values = spectrum(dense_weight(module).detach(), layer_metric(method, statistics, name))
+        for name in _bar(list(chosen), "spectra", progress):
+            values = spectrum(dense_weight(chosen[name]).detach(), layer_metric(method, statistics, name))
             options[name] = rank_options(selection.shapes[name], values, config.layout, config.rank_multiple)
+            release_unused()
         choices = allocate(options, config.keep, allocation)
     before = _size(model)
     with clock("factors"), _undo_on_error(model, chosen if restore_on_error else {}):
-        for name in _bar(list(chosen), "factors", progress):
-            if choices[name].rank:
-                module = chosen[name] if restore_on_error else chosen.pop(name)
-                rank = choices[name].rank
-                found = components(dense_weight(module).detach(), layer_metric(method, statistics, name), rank)
-                replace_module_(model, name, factored_layer(module, found, rank, config.layout))
+        for name in _bar([name for name in chosen if choices[name].rank], "factors", progress):
+            module, rank = chosen[name] if restore_on_error else chosen.pop(name), choices[name].rank
+            found = components(dense_weight(module).detach(), layer_metric(method, statistics, name), rank)
+            replace_module_(model, name, factored_layer(module, found, rank, config.layout))
+            span = (0, 0) if restore_on_error else page_span(dense_weight(module))
+            del module, found
+            release_pages(span)
+            release_unused()
 
     report = PruneReport(
         layers=tuple(_layer_reports(selection.shapes, choices, skipped, config.layout)),

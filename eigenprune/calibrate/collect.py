@@ -19,6 +19,7 @@ from eigenprune.calibrate.objective import Objective, model_inputs, objective_fo
 from eigenprune.calibrate.statistics import Facts, SafetensorsFolder, Statistics
 from eigenprune.errors import CalibrationError, WeightError
 from eigenprune.layers import dense_weight
+from eigenprune.memory import release_unused
 
 KINDS = ("input_gram", "output_gram", "weight_gradient")
 
@@ -163,6 +164,7 @@ def _run_pass(
                 with accumulator.recomputing():
                     loss.backward()
             accumulator.check_finite(index)
+            release_unused()
             bar.update()
             if saved is not None and index + 1 < len(windows):
                 saved.save_now_and_then(accumulator, index + 1)

@@ -40,7 +40,8 @@ class Components:
 
 def spectrum(weight: Tensor, metric: Metric) -> Spectrum:
     """The spectrum of `weight` [m, n] in `metric`."""
-    values = torch.linalg.eigvalsh(_short_gram(_in_metric(weight, metric))).clamp_min(0)
+    product = metric.inner.right_multiply(metric.output.transposed_multiply(weight.double()))
+    values = torch.linalg.eigvalsh(_short_gram(product)).clamp_min(0)
     return Spectrum(values.flip(0).cpu())
 
 
@@ -53,15 +54,18 @@ def components(weight: Tensor, metric: Metric, rank: int | None = None) -> Compo
     Raises:
         WeightError: the components are not finite.
     """
-    product = _in_metric(weight, metric)
-    m, n = product.shape
+    m, n = weight.shape
     rank = min(m, n) if rank is None else rank
+    outer = metric.output.transposed_multiply(weight.double())  # R W
+    product = metric.inner.right_multiply(outer)  # R W S
     _, vectors = torch.linalg.eigh(_short_gram(product))
     vectors = vectors[:, -rank:].flip(1)
     if n < m:  # right singular vectors: turn them into left ones; QR keeps their order and survives zero columns
         vectors, _ = torch.linalg.qr(product @ vectors)
+    del product
+    right = vectors.t() @ outer
+    del outer
     left = metric.output.transposed_solve(vectors)
-    right = vectors.t() @ metric.output.transposed_multiply(weight.double())
     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise WeightError(f"the components of a {m} x {n} weight are not finite; the statistics are degenerate")
     return Components(left, right)
@@ -78,11 +82,6 @@ def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(alive, (right_norm / left_norm.clamp_min(1e-300)).sqrt(), torch.ones_like(left_norm))
     scale = scale.clamp_min(1e-150)
     return left * scale, right / scale.unsqueeze(1)
-
-
-def _in_metric(weight: Tensor, metric: Metric) -> Tensor:
-    """R W S, [m, n] float64."""
-    return metric.inner.right_multiply(metric.output.transposed_multiply(weight.double()))
 
 
 def _short_gram(product: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PACKAGE = REPOSITORY / "eigenprune"
 # Each part may import those in earlier rows and itself; parts of one row do not see each other.
 ROWS = (
-    ("errors",),
+    ("errors", "memory"),
     ("ops",),
     ("layers",),
     ("calibrate",),
