@@ -18,22 +18,6 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.tiny_models import saved_dense
 
 WORDS = "the of and a singular value matrix rank token window prune keep loss model text".split(" ")  # noqa: SIM905
-    "the",
-    "of",
-    "and",
-    "a",
-    "singular",
-    "value",
-    "matrix",
-    "rank",
-    "token",
-    "window",
-    "prune",
-    "keep",
-    "loss",
-    "model",
-    "text",
-]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
