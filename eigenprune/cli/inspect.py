@@ -2,6 +2,7 @@
 """`eigenprune inspect`."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,20 +25,17 @@ def inspect(
     Example: `eigenprune inspect ./small`
     """
     from eigenprune.cli.loading import load_model
-    from eigenprune.report import LayerReport, layer_table
+    from eigenprune.report import layer_table
 
     loaded = load_model(model, revision=revision, quiet=quiet)
     saved = _saved_layers(model)
-    layers = [
-        LayerReport(**{**_as_fields(entry), "loss": saved.get(entry.name, {}).get("loss")})
-        for entry in describe_layers(loaded, skip or ())
-    ]
+    layers = [_with_saved(entry, saved.get(entry.name, {})) for entry in describe_layers(loaded, skip or ())]
     kept = sum(layer.parameters for layer in layers)
     dense = sum(layer.dense_parameters for layer in layers)
     total = f"{len(layers)} linear layers, {kept:,} of {dense:,} parameters ({kept / max(dense, 1):.4f})"
     result = {
         "model": model,
-        "layers": [_as_fields(layer) for layer in layers],
+        "layers": [asdict(layer) for layer in layers],
         "parameters": kept,
         "dense_parameters": dense,
     }
@@ -63,10 +61,9 @@ def describe_layers(model: Any, skip: Any = ()) -> list[Any]:
     return reports
 
 
-def _as_fields(layer: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(layer)
+def _with_saved(layer: Any, saved: dict[str, Any]) -> Any:
+    """`layer` with what only the saved report knows: the worth lost, and why the allocation left a layer dense."""
+    return replace(layer, loss=saved.get("loss"), reason=layer.reason or str(saved.get("reason", "")))
 
 
 def _saved_layers(model: str) -> dict[str, dict[str, Any]]:

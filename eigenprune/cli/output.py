@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
 
+NO_TERMINAL_WIDTH = 120  # of tables that go to a file or a pipe
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -16,7 +17,7 @@ def show(tables: list[RenderableType], result: dict[str, Any], *, as_json: bool,
     if as_json:
         sys.stdout.write(json.dumps(_finite(result), indent=2) + "\n")
     elif not quiet:
-        console = Console()
+        console = Console() if sys.stdout.isatty() else Console(width=NO_TERMINAL_WIDTH)
         for table in tables:
             console.print(table)
 

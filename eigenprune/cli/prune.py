@@ -24,7 +24,7 @@ def prune(
         list[Path] | None,
         typer.Option(help="Calibration text (plain, .jsonl with a field 'text', .gz); repeat for more files."),
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 48,
+    windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 40,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
     skip: Annotated[
@@ -51,7 +51,7 @@ def prune(
     from eigenprune.config import EigenpruneConfig
     from eigenprune.hub import save_model
     from eigenprune.prune import prune_
-    from eigenprune.report import layer_table, summary_table
+    from eigenprune.report import summary_table
 
     config = EigenpruneConfig(
         keep=keep,
@@ -74,9 +74,8 @@ def prune(
     report = prune_(dense, config, tokenizer=tokenizer, progress=not quiet)
     save_model(dense, out, tokenizer=tokenizer, report=report, overwrite=overwrite)
     result = report.to_dict() | {"out": str(out), "file_bytes": folder_bytes(out)}
-    show(
-        [layer_table(report.layers), "", summary_table(report), f"saved in {out}"], result, as_json=as_json, quiet=quiet
-    )
+    tables = [summary_table(report), f"saved in {out}; each layer: eigenprune inspect {out}"]
+    show(tables, result, as_json=as_json, quiet=quiet)
 
 
 def config_needs_text(config: "EigenpruneConfig") -> bool:

@@ -9,22 +9,21 @@ from eigenprune.report.prune_report import LayerReport, PruneReport
 
 
 def layer_table(layers: Iterable[LayerReport]) -> Table:
-    """One row a layer: shape, layout, rank, kept share, parameters, estimated loss, reason."""
+    """One row a layer: shape, layout and rank, kept share, parameters, and the worth lost or why it is dense."""
     table = Table(box=None, header_style="bold")
-    table.add_column("layer", overflow="fold")
-    for name in ("shape", "layout", "rank", "keep", "parameters", "loss"):
+    table.add_column("layer", no_wrap=True)
+    for name in ("shape", "factors", "keep", "parameters"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why dense")
+    table.add_column("worth lost", no_wrap=True)
     for layer in layers:
+        lost = "" if layer.loss is None else f"{layer.loss:.2e}"
         table.add_row(
             layer.name,
             f"{layer.shape[0]} x {layer.shape[1]}",
-            layer.layout,
-            str(layer.rank),
+            "dense" if layer.layout == "dense" else f"{layer.layout} {layer.rank}",
             f"{layer.parameters / layer.dense_parameters:.3f}",
             f"{layer.parameters:,}",
-            "" if layer.loss is None else f"{layer.loss:.2e}",
-            layer.reason,
+            layer.reason or lost,
         )
     return table
 
