@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 
 from eigenprune.cli.output import errors, show
 from eigenprune.errors import CheckpointError
@@ -74,7 +75,7 @@ def prune(
     report = prune_(dense, config, tokenizer=tokenizer, progress=not quiet)
     save_model(dense, out, tokenizer=tokenizer, report=report, overwrite=overwrite)
     result = report.to_dict() | {"out": str(out), "file_bytes": folder_bytes(out)}
-    tables = [summary_table(report), f"saved in {out}; each layer: eigenprune inspect {out}"]
+    tables: list[RenderableType] = [summary_table(report), f"saved in {out}; each layer: eigenprune inspect {out}"]
     show(tables, result, as_json=as_json, quiet=quiet)
 
 
