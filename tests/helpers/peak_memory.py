@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prune while loading and print, as JSON, what it took: `python -m tests.helpers.peak_memory FOLDER METHOD KEEP`."""
+"""Prune while loading and print, as JSON, what it took.
+
+python -m tests.helpers.peak_memory FOLDER METHOD KEEP [WINDOWS WINDOW]
+"""
 
 import json
 import sys
@@ -40,7 +43,8 @@ def main() -> None:
     """Warm up on a tiny model, so that no library is loaded later, then measure."""
     warnings.simplefilter("ignore")
     folder, method, keep = sys.argv[1], sys.argv[2], float(sys.argv[3])
-    config = EigenpruneConfig(keep=keep, method=method, windows=2, window=64)
+    windows, window = map(int, sys.argv[4:6]) if len(sys.argv) > 4 else (2, 64)
+    config = EigenpruneConfig(keep=keep, method=method, windows=windows, window=window)
     with tempfile.TemporaryDirectory() as scratch:
         saved_dense("llama", Path(scratch) / "tiny")
         AutoModelForCausalLM.from_pretrained(
