@@ -125,7 +125,8 @@ def prune_(
     with clock("spectra"):
         options: dict[str, Options] = {}
         for name in _bar(list(chosen), "spectra", progress):
-            values = spectrum(dense_weight(chosen[name]).detach(), layer_metric(method, statistics, name))
+            weight = dense_weight(chosen[name]).detach()
+            values = spectrum(weight, layer_metric(method, statistics, name, weight.device))
             options[name] = rank_options(selection.shapes[name], values, config.layout, config.rank_multiple)
             release_unused()
         choices = allocate(options, config.keep, allocation)
@@ -133,10 +134,11 @@ def prune_(
     with clock("factors"), _undo_on_error(model, chosen if restore_on_error else {}):
         for name in _bar([name for name in chosen if choices[name].rank], "factors", progress):
             module, rank = chosen[name] if restore_on_error else chosen.pop(name), choices[name].rank
-            found = components(dense_weight(module).detach(), layer_metric(method, statistics, name), rank)
+            weight = dense_weight(module).detach()
+            found = components(weight, layer_metric(method, statistics, name, weight.device), rank)
             replace_module_(model, name, factored_layer(module, found, rank, config.layout))
-            span = (0, 0) if restore_on_error else page_span(dense_weight(module))
-            del module, found
+            span = (0, 0) if restore_on_error else page_span(weight)
+            del module, found, weight
             release_pages(span)
             release_unused()
 

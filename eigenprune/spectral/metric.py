@@ -97,8 +97,10 @@ class Metric:
     inner: Root = Root()
 
 
-def layer_metric(method: Method, statistics: Statistics | None, layer: str) -> Metric:
-    """The metric of `method` for `layer`.
+def layer_metric(
+    method: Method, statistics: Statistics | None, layer: str, device: torch.device | str = "cpu"
+) -> Metric:
+    """The metric of `method` for `layer`, made on `device`: where the weight is, since statistics may lie on disk.
 
     Raises:
         ConfigError: the method needs statistics, and there are none.
@@ -108,25 +110,25 @@ def layer_metric(method: Method, statistics: Statistics | None, layer: str) -> M
         if method.statistics:
             raise ConfigError("this method needs calibration statistics: pass texts")
         return Metric()
-    return Metric(_output_root(method, statistics, layer), _input_root(method, statistics, layer))
+    return Metric(_output_root(method, statistics, layer, device), _input_root(method, statistics, layer, device))
 
 
-def _input_root(method: Method, statistics: Statistics, layer: str) -> Root:
+def _input_root(method: Method, statistics: Statistics, layer: str, device: torch.device | str) -> Root:
     if method.input_metric == "none":
         return Root()
     if method.input_metric == "abs-mean":
-        mean = statistics.input_abs_mean(layer).double()
+        mean = statistics.input_abs_mean(layer).to(device).double()
         return Root(scale=mean.clamp_min(1e-6 * mean.max().clamp_min(1e-30)) ** ASVD_ALPHA)
-    gram = statistics.input_gram(layer)
+    gram = statistics.input_gram(layer).to(device)
     fixed = method.shrink_input
     amount = default_shrinkage(statistics.facts.tokens, INPUT_REFERENCE) if fixed is None else fixed
     return square_root(shrink(gram, amount))
 
 
-def _output_root(method: Method, statistics: Statistics, layer: str) -> Root:
+def _output_root(method: Method, statistics: Statistics, layer: str, device: torch.device | str) -> Root:
     if method.output_metric == "none":
         return Root()
-    gram = statistics.output_gram(layer)
+    gram = statistics.output_gram(layer).to(device)
     fixed = method.shrink_output
     amount = default_shrinkage(statistics.facts.output_tokens, OUTPUT_REFERENCE) if fixed is None else fixed
     return square_root(shrink(gram, amount))
