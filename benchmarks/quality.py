@@ -41,7 +41,7 @@ from eigenprune.calibrate import (
 )
 from eigenprune.evaluate import perplexity, spaced_windows
 from eigenprune.layers import dense_weight, replace_module_, select_layers
-from eigenprune.prune import factored_layer
+from eigenprune.prune import layer_of_components
 from eigenprune.spectral import METHODS, Components, allocate, components, layer_metric, rank_options, spectrum
 
 KEEP = (0.9, 0.8, 0.6)
@@ -103,7 +103,7 @@ class Bench:
         for name, module in self.layers.items():
             if choices[name].rank:
                 found = Components(parts[name].left.double(), parts[name].right.double())
-                replace_module_(pruned, name, factored_layer(module, found, choices[name].rank, row.layout))
+                replace_module_(pruned, name, layer_of_components(module, found, choices[name].rank, row.layout))
         seconds = time.perf_counter() - began
         kept = sum(choice.cost for choice in choices.values())
         dense = sum(dense_weight(module).numel() for module in self.layers.values())

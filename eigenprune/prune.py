@@ -37,6 +37,7 @@ from eigenprune.report import LayerReport, PruneReport
 from eigenprune.spectral import (
     Choice,
     Components,
+    Metric,
     Options,
     allocate,
     components,
@@ -133,12 +134,11 @@ def prune_(
     before = _size(model)
     with clock("factors"), _undo_on_error(model, chosen if restore_on_error else {}):
         for name in _bar([name for name in chosen if choices[name].rank], "factors", progress):
-            module, rank = chosen[name] if restore_on_error else chosen.pop(name), choices[name].rank
-            weight = dense_weight(module).detach()
-            found = components(weight, layer_metric(method, statistics, name, weight.device), rank)
-            replace_module_(model, name, factored_layer(module, found, rank, config.layout))
-            span = (0, 0) if restore_on_error else page_span(weight)
-            del module, found, weight
+            module = chosen[name] if restore_on_error else chosen.pop(name)
+            metric = layer_metric(method, statistics, name, dense_weight(module).device)
+            replace_module_(model, name, factored_layer(module, metric, choices[name].rank, config.layout))
+            span = (0, 0) if restore_on_error else page_span(dense_weight(module))
+            del module, metric
             release_pages(span)
             release_unused()
 
@@ -154,8 +154,14 @@ def prune_(
     return report
 
 
-def factored_layer(module: nn.Module, found: Components, rank: int, layout: str) -> LowRankLinear:
-    """The layer that keeps the first `rank` components of the dense `module`, in its dtype."""
+def factored_layer(module: nn.Module, metric: Metric, rank: int, layout: str) -> LowRankLinear:
+    """The layer that keeps the first `rank` components in `metric` of the dense `module`, in its dtype."""
+    found = components(dense_weight(module).detach(), metric, rank)
+    return layer_of_components(module, found, rank, layout)
+
+
+def layer_of_components(module: nn.Module, found: Components, rank: int, layout: str) -> LowRankLinear:
+    """As `factored_layer`, where the components of the dense `module` are known."""
     weight = dense_weight(module).detach()
     left, right = found.truncated(rank)
     pivots = None
