@@ -25,7 +25,7 @@ from eigenprune.layers import (
 from eigenprune.spectral import Metric, components, find_method, layer_metric, pivot_factors
 from eigenprune.spectral.decompose import balance
 
-# Of a merged layer: [layout, rank] before the first merge, for `truncate_merged_`. An attribute, so not saved.
+# Of a merged layer: (layout, rank) before the first merge, for `truncate_merged_`. An attribute, so not saved.
 MARK = "layout_before_merge"
 
 
@@ -144,7 +144,7 @@ def truncate_merged_(
         left, right = components(stored.weight, metric, rank).truncated(rank)
         old_layout = getattr(layer, MARK, (stored.layout, 0))[0]
         layout = merged_layout(rank, stored.weight.shape[0], stored.weight.shape[1], old_layout)
-        new = _layer(left, right, layout, layer._parameters["bias"], stored.conv1d, stored.dtype)
+        new = _layer(left, right, layout, stored.bias, stored.conv1d, stored.dtype)
         replace_module_(model, name, _like(new, layer))
     return model
 
@@ -167,8 +167,12 @@ def principal_split(layer: LowRankLinear, count: int) -> tuple[Tensor, Tensor, T
 
 
 def set_factors_(layer: LowRankLinear, left: Tensor, right: Tensor) -> None:
-    """Give `layer` the weight `left [out, r] @ right [r, in]` (float64) in its own layout, at rank r, in place."""
+    """Give `layer` the weight `left [out, r] @ right [r, in]` (float64) in its own layout, at rank r, in place.
+
+    The rank until now counts as its rank before a merge.
+    """
     dtype = layer.right.weight.dtype
+    setattr(layer, MARK, getattr(layer, MARK, (layer.layout, layer.rank)))
     if layer.layout == "pivot":
         left, right, layer.pivots = pivot_factors(left, right)
     for child, factor in ((layer.left, left), (layer.right, right)):
@@ -180,7 +184,10 @@ def _layer(
     left: Tensor, right: Tensor, layout: str, bias: Tensor | None, conv1d: bool, dtype: torch.dtype
 ) -> nn.Module:
     if layout == "dense":
-        return dense_like((left @ right).to(dtype), bias, conv1d=conv1d)
+        dense = dense_like((left @ right).to(dtype), bias, conv1d=conv1d)
+        if isinstance(bias, nn.Parameter):
+            dense.bias = bias  # the same object: it may be in an optimizer
+        return dense
     pivots = None
     if layout == "pivot":
         left, right, pivots = pivot_factors(left, right)
@@ -232,6 +239,7 @@ class _Stored:
     """A linear layer's weight [out, in] in float64, and how it is kept."""
 
     weight: Tensor
+    bias: Tensor | None
     rank: int
     layout: str
     conv1d: bool
@@ -241,6 +249,7 @@ class _Stored:
 def _stored(layer: nn.Module) -> _Stored:
     if isinstance(layer, LowRankLinear):
         left, right = full_factors(layer)
-        return _Stored(left @ right, layer.rank, layer.layout, layer.conv1d, layer.right.weight.dtype)
+        return _Stored(left @ right, layer.bias, layer.rank, layer.layout, layer.conv1d, layer.right.weight.dtype)
     weight = dense_weight(layer).detach()
-    return _Stored(weight.double(), min(weight.shape), "pivot", is_conv1d(layer), weight.dtype)
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    return _Stored(weight.double(), bias, min(weight.shape), "pivot", is_conv1d(layer), weight.dtype)

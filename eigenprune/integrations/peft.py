@@ -10,17 +10,23 @@ adapter. There are two places for an adapter:
   orthogonal, EVA, MiCA and PiSSA. Merging makes the rank grow by that of the adapter; `truncate_merged_` cuts it back.
 * *Inside*, on the plain Linears `right` and `left` that the layer is made of (those names as targets, or "all-linear"):
   every tuner that works on a Linear, peft's own code, merged into the factors. The rank never grows, and the adapter
-  cannot leave the subspace. Tuners with blocks need ranks that their block size divides.
+  cannot leave the subspace. The sizes of `right` and `left` follow the rank: tuners with blocks need ranks that their
+  block size divides, and those with shapes common to all layers of a name (FRoD, Shadow) need equal ranks.
 
 Refused, with a `ConfigError`, before the model is touched:
 
 * around a factored layer: every tuner but LoRA, since each adds to `layer.weight.data`, which here is a temporary.
   Those of peft 0.21 that go on linear layers: AdaLoRA, AdaMSS, BEFT, BOFT, C3A, DEFT, DeLoRA, FourierFT, FRoD, GLoRA,
   GraLoRA, HiRA, HRA, IA3, Lily, LoHa, LoKr, MiSS, OFT, OSF, PEANuT, Poly, PSOFT, PVeRA, RandLoRA, RoAd, Shadow, SHiRA,
-  SuperTuning, TinyLoRA, UniLoRA, VBLoRA, VeRA, WaveFT.
+  SuperTuning, TinyLoRA, UniLoRA, VBLoRA, VeRA, WaveFT. (FRoD, PVeRA, RandLoRA and VeRA look for layers on their own
+  before; where they find factored ones only, theirs is the error: a ValueError, "no layer types compatible".)
 * OLoRA, CorDA, LoftQ and LoRA-GA initialisation and KaSA, which subtract from `layer.weight.data`: silently without
   effect here. `target_parameters` of a factored layer, for the same reason.
 * one adapter both around and inside of one layer, or an adapter around a layer that has one inside.
+
+peft's own loaders (`PeftModel`, `AutoPeftModel`) load an adapter as it was saved. Those of transformers 5.23
+(`model.load_adapter`, `AutoModel` on an adapter's folder) round it to the dtype of the model, and lose the magnitudes
+of DoRA with no more than a warning, on dense models as on factored ones.
 
 Refused when merged: aLoRA, Arrow and BD-LoRA; layers offloaded to another device or to disk; factors that something
 has wrapped or quantised.
