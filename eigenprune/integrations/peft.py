@@ -38,7 +38,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftType
+from peft import LoraModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -154,8 +154,8 @@ def _warn_of_dense_base(model: nn.Module) -> None:
 
 
 def _install() -> None:
-    """Let every adapter pass `check_new_adapter` on its way into a model; once."""
-    inject = BaseTuner.inject_adapter
+    """Put this plug-in's two methods in front of peft's; once."""
+    inject, replace = BaseTuner.inject_adapter, LoraModel._replace_module
     if getattr(inject, "checked_by_eigenprune", False):
         return
 
@@ -164,8 +164,18 @@ def _install() -> None:
         check_new_adapter(self, model, self.peft_config[adapter_name], kwargs.get("state_dict"))
         inject(self, model, adapter_name, *args, **kwargs)
 
+    @functools.wraps(replace)
+    def replace_module(self: LoraModel, parent: nn.Module, name: str, new: nn.Module, child: nn.Module) -> None:
+        # peft asks `child.weight` for its device 18 times a layer, and each time that is a product of the factors. The
+        # parts of the new layer are on that device already.
+        if isinstance(child, LowRankLinear) and isinstance(new, LoraLowRankLinear):
+            setattr(parent, name, new)
+        else:
+            replace(self, parent, name, new, child)  # type: ignore[no-untyped-call]
+
     inject_adapter.checked_by_eigenprune = True  # type: ignore[attr-defined]
     BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
+    LoraModel._replace_module = replace_module  # type: ignore[method-assign]
 
 
 _install()

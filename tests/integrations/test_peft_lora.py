@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenprune.layers import low_rank_layers
+from eigenprune.layers import LowRankLinear, low_rank_layers
 from tests.helpers.adapters import TARGETS, difference, pruned_model, trained_
 from tests.helpers.compare import state_hashes
 from tests.helpers.tiny_models import logits, token_windows
@@ -160,6 +160,18 @@ def test_unloaded_model_is_of_the_old_class_with_ranks_grown_by_that_of_the_adap
     touched = {name.removeprefix("base_model.model.") for name in was.around}
     grown = 0 if case.option == "pissa" else RANK  # PiSSA gives back what it took
     assert after == {name: rank + grown * (name in touched) for name, rank in before.items()}
+
+
+def test_making_training_and_merging_an_adapter_multiplies_no_factors_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`weight` is a product of the size of the dense matrix, at every access; DoRA alone needs it."""
+    model, read = pruned_model(), []
+    product = LowRankLinear.weight.fget
+    monkeypatch.setattr(LowRankLinear, "weight", property(lambda self: (read.append(self), product(self))[1]))
+    model = trained_(adapted(model, "llama"))
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.merge_and_unload()
+    assert read == []
 
 
 def test_bias_of_an_adapter_is_merged_into_the_bias_and_taken_out_again() -> None:
