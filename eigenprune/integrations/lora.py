@@ -67,10 +67,9 @@ class LoraLowRankLinear(lora.Linear):  # type: ignore[misc, unused-ignore]
             raise ConfigError(f"PiSSA needs an adapter of a rank below the layer's {base.rank}, not {count}")
         left, right, other_left, other_right = principal_split(base, count)
         adapter_a, adapter_b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        if adapter_a.device.type != "meta":  # else the values are still to be loaded
-            root = self.scaling[adapter_name] ** 0.5
-            adapter_a.data = (right / root).to(adapter_a.device, adapter_a.dtype)
-            adapter_b.data = (left / root).to(adapter_b.device, adapter_b.dtype)
+        root = self.scaling[adapter_name] ** 0.5
+        adapter_a.data = (right / root).to(adapter_a.device, adapter_a.dtype)  # on meta, values are still to be loaded
+        adapter_b.data = (left / root).to(adapter_b.device, adapter_b.dtype)
         set_factors_(base, other_left, other_right)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 
 import copy
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eigenprune.integrations.merging import truncate_merged_
 from eigenprune.layers import LowRankLinear, low_rank_layers
 from tests.helpers.adapters import TARGETS, difference, pruned_model, trained_
 from tests.helpers.compare import state_hashes
@@ -172,6 +174,55 @@ def test_making_training_and_merging_an_adapter_multiplies_no_factors_out(monkey
     model.unmerge_adapter()
     model.merge_and_unload()
     assert read == []
+
+
+@pytest.mark.parametrize("layout", ["pair", "pivot"])
+def test_a_model_that_changes_its_dtype_or_is_copied_while_merged_unmerges_as_it_is_then(layout: str) -> None:
+    model = trained_(adapted(pruned_model("llama", layout), "llama"))
+    state = state_hashes(copy.deepcopy(model).to(torch.bfloat16))
+    trained = logits(model)
+    model.merge_adapter()
+    twin = copy.deepcopy(model).to(torch.bfloat16)
+    twin.unmerge_adapter()
+    assert state_hashes(twin) == state
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), trained)
+
+
+def test_merging_again_or_nothing_changes_nothing_and_says_so() -> None:
+    model = trained_(adapted(pruned_model(), "llama"))
+    model.merge_adapter()
+    merged = logits(model)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), merged)
+    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+
+def test_after_pissa_the_old_rank_is_that_of_the_layer_before() -> None:
+    base = pruned_model()
+    ranks = {name: layer.rank for name, layer in low_rank_layers(base).items()}
+    merged = trained_(adapted(base, "llama", init_lora_weights="pissa")).merge_and_unload()
+    output = logits(merged)
+    truncate_merged_(merged)
+    assert {name: layer.rank for name, layer in low_rank_layers(merged).items()} == ranks
+    assert torch.equal(logits(merged), output)
+
+
+def test_layers_are_found_by_the_keys_of_a_state_dict_too() -> None:
+    """As diffusers does, for adapters that come without a list of targets."""
+    trained = trained_(adapted(pruned_model(), "llama"))
+    tensors = peft.get_peft_model_state_dict(trained)
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    model = pruned_model()
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["no_such_name"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that keys and targets do not agree
+        peft.inject_adapter_in_model(config, model, state_dict=tensors)
+    peft.set_peft_model_state_dict(model, tensors)
+    assert torch.equal(logits(model), logits(trained))
 
 
 def test_bias_of_an_adapter_is_merged_into_the_bias_and_taken_out_again() -> None:

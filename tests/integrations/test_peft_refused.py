@@ -76,6 +76,13 @@ def test_default_targets_of_another_tuner_are_refused_too() -> None:
         peft.get_peft_model(pruned_model(), peft.IA3Config(task_type="CAUSAL_LM"))
 
 
+def test_another_tuner_is_refused_by_the_keys_of_a_state_dict_too() -> None:
+    config = peft.LoHaConfig(target_modules=["no_such_name"])
+    keys = {"model.layers.1.self_attn.q_proj.hada_w1_a": torch.zeros(1)}
+    with pytest.raises(ConfigError, match=r"LOHA .* factored layer model.layers.1.self_attn.q_proj"):
+        peft.inject_adapter_in_model(config, pruned_model(), state_dict=keys)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
