@@ -6,8 +6,9 @@ Imported right after peft is, by `eigenprune.integrations.registration`. From th
 adapter. There are two places for an adapter:
 
 * *Around* a factored layer (its name as a target): the adapter can leave the subspace that pruning kept. LoRA only,
-  with rsLoRA, DoRA, MiCA, VeLoRA, MonteCLoRA, aLoRA, Arrow and BD-LoRA, and the initialisations default, gaussian,
-  orthogonal, EVA, MiCA and PiSSA. Merging makes the rank grow by that of the adapter; `truncate_merged_` cuts it back.
+  with rsLoRA, DoRA, MiCA, VeLoRA, MonteCLoRA, aLoRA, BD-LoRA and X-LoRA over several, and the initialisations default,
+  gaussian, orthogonal, EVA, MiCA and PiSSA. Merging makes the rank grow by that of the adapter; `truncate_merged_` of
+  `eigenprune.integrations.merging` cuts it back. DoRA multiplies the factors out at every forward.
 * *Inside*, on the plain Linears `right` and `left` that the layer is made of (those names as targets, or "all-linear"):
   every tuner that works on a Linear, peft's own code, merged into the factors. The rank never grows, and the adapter
   cannot leave the subspace. The sizes of `right` and `left` follow the rank: tuners with blocks need ranks that their
@@ -22,13 +23,14 @@ Refused, with a `ConfigError`, before the model is touched:
   before; where they find factored ones only, theirs is the error: a ValueError, "no layer types compatible".)
 * OLoRA, CorDA, LoftQ and LoRA-GA initialisation and KaSA, which subtract from `layer.weight.data`: silently without
   effect here. `target_parameters` of a factored layer, for the same reason.
+* (by peft, a TypeError) Arrow, which knows plain Linears only.
 * one adapter both around and inside of one layer, or an adapter around a layer that has one inside.
 
 peft's own loaders (`PeftModel`, `AutoPeftModel`) load an adapter as it was saved. Those of transformers 5.23
 (`model.load_adapter`, `AutoModel` on an adapter's folder) round it to the dtype of the model, and lose the magnitudes
 of DoRA with no more than a warning, on dense models as on factored ones.
 
-Refused when merged: aLoRA, Arrow and BD-LoRA; layers offloaded to another device or to disk; factors that something
+Refused when merged: aLoRA and BD-LoRA; layers offloaded to another device or to disk; factors that something
 has wrapped or quantised.
 """
 

@@ -3,8 +3,10 @@
 
 import copy
 import functools
+import importlib
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,7 +83,8 @@ class Seen:
     ranks: tuple[dict[str, int], dict[str, int]]
 
 
-def adapted(model: Any, kind: str, **settings: Any) -> Any:
+def adapted(model: Any, kind: str, *, seed: int = 0, **settings: Any) -> Any:
+    torch.manual_seed(seed)
     values = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS[kind]}
     return peft.get_peft_model(model, peft.LoraConfig(**values | settings))
 
@@ -332,6 +335,36 @@ def test_eva_finds_its_directions_in_the_inputs_of_a_factored_layer() -> None:
     assert state_hashes(model)[name] != before[name]
     output = logits(trained_(model))
     assert difference(logits(model.merge_and_unload()), output) <= SAME
+
+
+@pytest.mark.parametrize("variant", ["velora_config", "monteclora_config"])
+def test_variants_that_merge_like_a_plain_lora_do(variant: str) -> None:
+    lora = peft.tuners.lora
+    settings = {"velora_config": lora.VeloraConfig(num_groups=8), "monteclora_config": lora.MontecloraConfig()}
+    base = pruned_model()
+    model = trained_(adapted(copy.deepcopy(base), "llama", **{variant: settings[variant]}))
+    output = logits(model)
+    assert difference(output, logits(base)) > 0.1
+    assert difference(logits(model.merge_and_unload()), output) <= SAME
+
+
+def test_adapters_are_swapped_in_place_and_mixed_by_x_lora(tmp_path: Path) -> None:
+    outputs, folders = [], [tmp_path / "0", tmp_path / "1"]
+    for seed, folder in enumerate(folders):
+        model = trained_(adapted(pruned_model(), "llama", seed=seed, task_type="CAUSAL_LM"))
+        model.save_pretrained(folder)
+        outputs.append(logits(model))
+    hotswap = importlib.import_module("peft.utils.hotswap").hotswap_adapter
+    hotswap(model, folders[0], "default")
+    assert torch.equal(logits(model), outputs[0])
+
+    torch.manual_seed(0)
+    base = pruned_model()
+    base.config.use_cache = False  # X-LoRA insists
+    adapters = {folder.name: str(folder) for folder in folders}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, adapters=adapters)
+    mixed = logits(peft.get_peft_model(base, config).eval())
+    assert all(difference(mixed, other) > 0.01 for other in (*outputs, logits(pruned_model())))
 
 
 @pytest.mark.parametrize("layout", ["pair", "pivot"])
