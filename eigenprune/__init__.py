@@ -6,15 +6,15 @@
 
     model = AutoModelForCausalLM.from_pretrained(repo, quantization_config=EigenpruneConfig(keep=0.8))
 
-Importing this package is light: it loads neither torch nor transformers, and registers with transformers when that is
-imported.
+Importing this package is light: it loads neither torch nor transformers, and registers with transformers and peft when
+those are imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from eigenprune.errors import EigenpruneError
-from eigenprune.integrations.registration import register_with_transformers
+from eigenprune.integrations.registration import register_plugins
 
 if TYPE_CHECKING:
     from eigenprune.calibrate import Statistics, collect_statistics
@@ -64,4 +64,4 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-register_with_transformers()
+register_plugins()

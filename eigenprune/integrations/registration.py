@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Register the quantizer plug-in with transformers, now or when transformers comes to be imported.
+"""Register each plug-in with its library, now or when that library comes to be imported.
 
-Standard library only: `import eigenprune` runs this. transformers has no entry point for quantizers, so a finder waits
-for the one module that holds its table of them.
+Standard library only: `import eigenprune` runs this. Neither transformers nor peft has an entry point for what the
+plug-ins add, so a finder waits for the one module of each that they need.
 """
 
 import sys
@@ -10,36 +10,52 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
-TABLE = "transformers.quantizers.auto"
-PLUGIN = "eigenprune.integrations.transformers"
+# {module that must be there: plug-in that is then imported}; importing a plug-in registers it.
+PLUGINS = {
+    "transformers.quantizers.auto": "eigenprune.integrations.transformers",
+    "peft": "eigenprune.integrations.peft",
+}
 
 
-def register_with_transformers() -> None:
-    """Register now if transformers' table of quantizers is loaded, else as soon as it is; any number of calls."""
-    if TABLE in sys.modules:
-        import_module(PLUGIN)
-    elif not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TableFinder())
+def register_plugins() -> None:
+    """Register with the libraries that are loaded, and with the others as soon as they are; any number of calls."""
+    for library, plugin in PLUGINS.items():
+        if library in sys.modules:
+            import_module(plugin)
+    if not any(isinstance(finder, _PluginFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PluginFinder())
 
 
-class _TableFinder(MetaPathFinder):
-    """Lets the table be imported as ever, and imports the plug-in right after it."""
+class _PluginFinder(MetaPathFinder):
+    """Lets a library be imported as ever, and imports its plug-in right after it.
+
+    It stays where it is: libraries ask whether peft is installed with `importlib.util.find_spec`, so being asked for a
+    module does not mean that it is about to run.
+    """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != TABLE:
+        if name not in PLUGINS:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        spec = self._found_by_the_others(name, path, target)
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def run_then_register(module: ModuleType) -> None:
             run(module)
-            import_module(PLUGIN)
+            import_module(PLUGINS[name])
 
         spec.loader.exec_module = run_then_register  # type: ignore[method-assign]
         return spec
+
+    def _found_by_the_others(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> ModuleSpec | None:
+        """What is found without this finder; only those behind it are asked, so that two of them never call in turn."""
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                return spec
+        return None
