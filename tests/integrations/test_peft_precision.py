@@ -23,8 +23,8 @@ def distance(got: Tensor, wanted: Tensor) -> float:
 def test_bfloat16_merge_is_about_as_near_to_float64_as_the_unmerged_model(kind: str, layout: str, dora: bool) -> None:
     """Both round about 15 layers' values three times each; the merge rounds the factors of 2 in 7 layers once more.
 
-    Independent roundings add as squares: sqrt(1 + 2 / 7 * 2 / 3) = 1.1 is to be expected; 1.5 leaves room for the spread
-    of a sample.
+    Independent roundings add as squares: sqrt(1 + 2 / 7 * 2 / 3) = 1.1 is to be expected; 1.5 leaves room for the
+    spread of a sample.
     """
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules=TARGETS[kind], r=4, lora_alpha=8, use_dora=dora)
