@@ -5,6 +5,7 @@ Standard library only: `import eigenprune` runs this. transformers has no entry 
 for the one module that holds its table of them.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -39,7 +40,17 @@ class _TableFinder(MetaPathFinder):
 
         def run_then_register(module: ModuleType) -> None:
             run(module)
-            import_module(PLUGIN)
+            import_or_warn(PLUGIN)
 
         spec.loader.exec_module = run_then_register  # type: ignore[method-assign]
         return spec
+
+
+def import_or_warn(plugin: str) -> None:
+    """Import `plugin`; if that fails, say so, and let the library that is being imported go on without it."""
+    try:
+        import_module(plugin)
+    except Exception as error:  # noqa: BLE001 - the environment may not want pruned models at all
+        logging.getLogger("eigenprune").warning(
+            "eigenprune does not work with this transformers, and pruned models will not load: %r", error
+        )
