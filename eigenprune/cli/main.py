@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from eigenprune import __version__
+from eigenprune.cli.card import card
 from eigenprune.cli.evaluate import evaluate
 from eigenprune.cli.inspect import inspect
 from eigenprune.cli.output import fail
@@ -49,6 +50,7 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
 app.command("prune")(explained(prune))
 app.command("eval")(explained(evaluate))
 app.command("inspect")(explained(inspect))
+app.command("card")(explained(card))
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints on disk, and (to come) on the Hub."""
+"""Checkpoints on disk and on the Hub: saving, the model card, pushing."""
 
+from eigenprune.hub.card import CARD_NAME, build_card, write_card
+from eigenprune.hub.facts import hash_weights
 from eigenprune.hub.save import REPORT_NAME, save_model
 
-__all__ = ["REPORT_NAME", "save_model"]
+__all__ = ["CARD_NAME", "REPORT_NAME", "build_card", "hash_weights", "save_model", "write_card"]

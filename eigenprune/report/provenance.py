@@ -66,7 +66,7 @@ def _carried(card: Path | None) -> dict[str, Any]:
     if card is None or not card.is_file():
         return {}
     try:
-        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
     except Exception:  # noqa: BLE001 - a YAML error of any kind, in a file that is not ours
         return {}
     found: dict[str, Any] = {}
