@@ -20,6 +20,7 @@ from eigenprune.cli.evaluate import evaluate
 from eigenprune.cli.inspect import inspect
 from eigenprune.cli.output import fail
 from eigenprune.cli.prune import prune
+from eigenprune.cli.push import push
 from eigenprune.errors import EigenpruneError
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ app.command("prune")(explained(prune))
 app.command("eval")(explained(evaluate))
 app.command("inspect")(explained(inspect))
 app.command("card")(explained(card))
+app.command("push")(explained(push))
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from eigenprune.errors import CheckpointError
+from eigenprune.errors import CheckpointError, HubError
 from eigenprune.hub.escape import code, plain
 from eigenprune.hub.facts import CheckpointFacts, read_facts
 from eigenprune.hub.measured import Measured, read_measured
@@ -61,7 +61,8 @@ def build_card(
         check_repo(base_model)
     facts = read_facts(folder)
     measured = read_measured(results, facts)
-    base = base_model or str(facts.config.provenance.get("base_model") or "")
+    pruned_from = str(facts.config.provenance.get("base_model") or "")
+    base = base_model or pruned_from
     name = repo.partition("/")[2]
     automatic, task = next(((a, t) for end, a, t in TASKS if facts.architecture.endswith(end)), ("AutoModel", None))
     card = ModelCard.from_template(
@@ -79,12 +80,30 @@ def build_card(
         measured=[_protocol(entry) for entry in measured],
         picture=rank_picture(facts.layers),
         making=_making(facts),
-        command=rebuild_command(facts, base),
-        needs=rebuild_needs(facts, base),
+        command=rebuild_command(facts, pruned_from),
+        needs=rebuild_needs(facts, pruned_from),
         hashes="\n".join(f"{value}  {file}" for file, value in sorted(facts.files.items())),
         calibration_limit=_calibration_limit(facts),
     )
     return str(card.content).rstrip() + "\n"
+
+
+def check_card(text: str) -> None:
+    """Check the front matter of a card that somebody may have edited.
+
+    Raises:
+        HubError: there is none, or it is no YAML mapping.
+    """
+    try:
+        found = ModelCard(text).data.to_dict() if text.startswith("---\n") else {}  # type: ignore[no-untyped-call]
+    except Exception as error:  # noqa: BLE001 - YAML and the card classes raise errors of many kinds
+        place = getattr(error, "problem_mark", None)
+        line = f" (line {place.line + 2})" if place is not None else ""
+        raise HubError(f"the metadata on top of {CARD_NAME} is not valid{line}: {plain(error)}") from None
+    if not found:
+        raise HubError(
+            f"{CARD_NAME} has no metadata between two lines of --- on top: write it anew with eigenprune card"
+        )
 
 
 def write_card(folder: Path, repo: str, **options: Any) -> Path:
