@@ -4,6 +4,16 @@
 from eigenprune.hub.card import CARD_NAME, build_card, write_card
 from eigenprune.hub.facts import hash_weights
 from eigenprune.hub.push import push_to_hub
+from eigenprune.hub.rebuild import rebuild_command
 from eigenprune.hub.save import REPORT_NAME, save_model
 
-__all__ = ["CARD_NAME", "REPORT_NAME", "build_card", "hash_weights", "push_to_hub", "save_model", "write_card"]
+__all__ = [
+    "CARD_NAME",
+    "REPORT_NAME",
+    "build_card",
+    "hash_weights",
+    "push_to_hub",
+    "rebuild_command",
+    "save_model",
+    "write_card",
+]

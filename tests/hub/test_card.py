@@ -327,3 +327,33 @@ def test_command_line_writes_and_prints_the_card(folder: Path) -> None:
     assert (folder / "README.md").read_text(encoding="utf-8") == build_card(folder, REPO)
     refused = CliRunner().invoke(app, ["card", str(folder), "no-owner"])
     assert refused.exit_code == 1
+    assert CliRunner().invoke(app, ["card", str(folder)]).exit_code == 1
+
+
+def check(folder: Path, *options: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["card", str(folder), "--check", "--quiet", "--json", *options])
+    return done.exit_code, done.output
+
+
+def test_check_rebuilds_and_finds_a_single_changed_bit(made: tuple[Path, PruneReport], folder: Path) -> None:
+    scratch = made[0].parent
+    given = ["--base", str(scratch / BASE), "--texts", str(scratch / "cal.txt")]
+    code, output = check(folder, *given)
+    assert code == 0, output
+    assert '"same": true' in output
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, output = check(folder, *given)
+    assert code == 1
+    assert '"differing": 1,' in output
+
+
+def test_check_without_the_right_texts_says_so(made: tuple[Path, PruneReport], folder: Path, tmp_path: Path) -> None:
+    base = ["--base", str(made[0].parent / BASE)]
+    assert "cal.txt" in check(folder, *base)[1]
+    (tmp_path / "cal.txt").write_text("another text. " * 300)
+    code, output = check(folder, *base, "--texts", str(tmp_path / "cal.txt"))
+    assert code == 1
+    assert "are not those" in " ".join(output.split())
