@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from eigenprune.hub.facts import file_hash
 from tests.helpers.compare import state_hashes
 from tests.hub.client import Client
 from tests.hub.server import TOKEN, Blob, Commit, Hub, Request
@@ -34,6 +35,7 @@ def server() -> Iterator[Hub]:
 def hub(server: Hub) -> Hub:
     """The server, empty."""
     server.repos, server.large, server.requests, server.fault, server.echo = {}, {}, [], None, False
+    server.xet = None
     return server
 
 
@@ -375,3 +377,19 @@ def _push_fail_and_pull(hub: Hub, client: Client, small: Path, options: dict[str
     assert "DEBUG" in sinks["standard error and log"]
     assert len(cache) > 5
     assert [name for name, text in sinks.items() if TOKEN in text] == []
+
+
+def test_push_by_xet_stores_every_weight_in_one_commit(hub: Hub, small: Path, tmp_path: Path) -> None:
+    """The hub library's usual way for large files, with its real client; what it stores is looked up by size."""
+    hub.xet = tmp_path / "xet"
+    hub.xet.mkdir()
+    with Client(hub.url, tmp_path, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="0") as client:
+        commit = done(client("push", folder=str(small), repo=REPO))
+        assert TOKEN not in client.said()
+    assert hub.repos[REPO].branches == {"main": commit}
+    assert not [request for request in hub.requests if request.method == "PUT"]
+    weights = {path.name: path for path in small.glob("*.safetensors")}
+    pushed = hub.files(REPO)
+    assert {name: pushed[name].decode() for name in weights} == {n: file_hash(path) for n, path in weights.items()}
+    stored = sum(path.stat().st_size for path in hub.xet.rglob("*") if path.is_file())
+    assert stored > 0.5 * sum(path.stat().st_size for path in weights.values())
