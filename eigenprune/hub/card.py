@@ -79,7 +79,7 @@ def build_card(
         table=_table(facts, measured),
         measured=[_protocol(entry) for entry in measured],
         picture=rank_picture(facts.layers),
-        making=_making(facts),
+        making=_making(facts, pruned_from if pruned_from != base else ""),
         command=rebuild_command(facts, pruned_from),
         needs=rebuild_needs(facts, pruned_from),
         hashes="\n".join(f"{value}  {file}" for file, value in sorted(facts.files.items())),
@@ -181,11 +181,12 @@ def _protocol(entry: Measured) -> str:
     )
 
 
-def _making(facts: CheckpointFacts) -> list[list[str]]:
+def _making(facts: CheckpointFacts, pruned_from: str) -> list[list[str]]:
     config, keep, calibration = facts.config, _keep(facts), calibration_facts(facts)
     ranks = f"{code(config.allocation or 'default')} ranks in multiples of {config.rank_multiple}"
     budget = f"keep {config.keep:g} of the parameters of the linear layers: kept {keep:.4f}, removed {1 - keep:.4f}"
     rows = [
+        ["pruned from the local copy", code(pruned_from) if pruned_from else ""],
         ["revision of the base", code(base_revision(facts)) if base_revision(facts) else ""],
         ["method", f"{code(config.method)}, {ranks}"],
         ["stored as", f"{code(config.layout)} factors, {DTYPES.get(facts.dtype, 'mixed types')}"],

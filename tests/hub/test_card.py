@@ -88,7 +88,7 @@ def test_card_says_what_is_in_the_files(made: tuple[Path, PruneReport]) -> None:
     for before, after in (report.model_parameters, report.model_bytes):
         assert f"| {before:,} | {after:,} | {after / before:.3f} |" in card
     factored = [layer for layer in report.layers if layer.layout != "dense"]
-    assert f"{len(factored)} weight matrices are stored as low-rank factors" in card
+    assert f"{len(factored)} weight matrices are\nstored as low-rank factors" in card
     assert f"kept {report.keep:.4f}, removed {1 - report.keep:.4f}" in card
     assert report.calibration["texts_hash"] in card
     assert "was not measured for this card" in card
@@ -108,6 +108,7 @@ def test_front_matter_has_the_keys_of_the_hub(made: tuple[Path, PruneReport]) ->
         "pipeline_tag": "text-generation",
         "tags": ["eigenprune", "low-rank", "svd", "pruned"],
     }
+    assert f"| pruned from the local copy | `{BASE}` |" in build_card(made[0], REPO, base_model="org/base")
     assert "base_model" not in front_matter(build_card(made[0], REPO))  # a folder's name is no id on the Hub
     assert ModelCard(build_card(made[0], REPO)).data.license == "apache-2.0"
 
