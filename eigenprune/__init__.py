@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from eigenprune.calibrate import Statistics, collect_statistics
     from eigenprune.config import EigenpruneConfig
     from eigenprune.evaluate import perplexity
-    from eigenprune.hub import save_model
+    from eigenprune.hub import push_to_hub, save_model
     from eigenprune.layers import LowRankLinear, to_dense_
     from eigenprune.prune import prune_
     from eigenprune.report import PruneReport
@@ -35,6 +35,7 @@ _HOMES = {
     "collect_statistics": "calibrate",
     "perplexity": "evaluate",
     "prune_": "prune",
+    "push_to_hub": "hub",
     "save_model": "hub",
     "to_dense_": "layers",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "collect_statistics",
     "perplexity",
     "prune_",
+    "push_to_hub",
     "save_model",
     "to_dense_",
 ]

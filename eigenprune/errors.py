@@ -24,3 +24,7 @@ class BudgetError(EigenpruneError, ValueError):
 
 class CheckpointError(EigenpruneError, RuntimeError):
     """A checkpoint is cut short, contradicts its own config, or cannot be written."""
+
+
+class HubError(EigenpruneError, RuntimeError):
+    """A model cannot be pushed: a name or a file is refused, or the Hub said no."""

@@ -33,7 +33,7 @@ from eigenprune.layers import (
     select_layers,
 )
 from eigenprune.memory import page_span, release_pages, release_unused
-from eigenprune.report import LayerReport, PruneReport
+from eigenprune.report import LayerReport, PruneReport, base_facts, versions
 from eigenprune.spectral import (
     Choice,
     Components,
@@ -272,19 +272,16 @@ def _make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneRepor
     if not isinstance(model, PreTrainedModel):
         return
     modules = {name: [module.layout, module.rank] for name, module in low_rank_layers(model).items()}
-    provenance = {"base_model": _public_name(model), "calibration": report.calibration, "keep": report.keep}
+    provenance = base_facts(model) | {"calibration": report.calibration, "keep": report.keep, "versions": versions()}
+    names = [Path(text).name for text in config.texts or ()]
+    if names and report.calibration.get("source") == ", ".join(names):  # and not texts or windows of the caller
+        provenance["texts"] = names
     saved = replace(
         config, texts=None, modules=modules, provenance=provenance, allocation=report.settings["allocation"]
     )
     quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
-
-
-def _public_name(model: nn.Module) -> str:
-    """The id of the base model; of a local folder its last part only, since paths name users and machines."""
-    name = str(getattr(model.config, "name_or_path", ""))
-    return Path(name).name if Path(name).exists() else name
 
 
 def _size(model: nn.Module) -> tuple[int, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `eigenprune prune | eval | inspect`."""
+"""The command line: `eigenprune prune | eval | inspect | card | push`."""
 
 from eigenprune.cli.main import main
 

@@ -33,6 +33,8 @@ def evaluate(
     from eigenprune.calibrate import SEPARATOR, read_texts, token_ids
     from eigenprune.cli.loading import load_model, load_tokenizer
     from eigenprune.evaluate import contiguous_windows, perplexity, spaced_windows
+    from eigenprune.hub import hash_weights
+    from eigenprune.layers import low_rank_layers
 
     documents = read_texts(texts)
     loaded = load_model(model, dtype, revision=revision, quiet=quiet)
@@ -49,4 +51,8 @@ def evaluate(
         f"{measured.seconds:.0f}",
     )
     settings = {"model": model, "window": window, "texts": [path.name for path in texts], "dtype": str(loaded.dtype)}
+    # By these a card tells which model was measured.
+    settings["parameters"] = sum(parameter.numel() for parameter in loaded.parameters())
+    settings["factored_layers"] = len(low_rank_layers(loaded))
+    settings["weights"] = hash_weights(Path(model)) if as_json and Path(model).is_dir() else None
     show([table], measured.to_dict() | settings, as_json=as_json, quiet=quiet)

@@ -15,10 +15,12 @@ from typing import Any
 import typer
 
 from eigenprune import __version__
+from eigenprune.cli.card import card
 from eigenprune.cli.evaluate import evaluate
 from eigenprune.cli.inspect import inspect
 from eigenprune.cli.output import fail
 from eigenprune.cli.prune import prune
+from eigenprune.cli.push import push
 from eigenprune.errors import EigenpruneError
 
 app = typer.Typer(
@@ -49,6 +51,8 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
 app.command("prune")(explained(prune))
 app.command("eval")(explained(evaluate))
 app.command("inspect")(explained(inspect))
+app.command("card")(explained(card))
+app.command("push")(explained(push))
 
 
 def _print_version(wanted: bool) -> None:

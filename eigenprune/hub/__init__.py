@@ -1,6 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints on disk, and (to come) on the Hub."""
+"""Checkpoints on disk and on the Hub: saving, the model card, pushing."""
 
+from eigenprune.hub.card import CARD_NAME, build_card, write_card
+from eigenprune.hub.facts import hash_weights
+from eigenprune.hub.push import push_to_hub
+from eigenprune.hub.rebuild import rebuild_command
 from eigenprune.hub.save import REPORT_NAME, save_model
 
-__all__ = ["REPORT_NAME", "save_model"]
+__all__ = [
+    "CARD_NAME",
+    "REPORT_NAME",
+    "build_card",
+    "hash_weights",
+    "push_to_hub",
+    "rebuild_command",
+    "save_model",
+    "write_card",
+]

@@ -5,6 +5,7 @@ Standard library only: `import eigenprune` runs this. Neither transformers nor p
 plug-ins add, so a finder waits for the one module of each that they need.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,7 +24,7 @@ def register_plugins() -> None:
     """Register with the libraries that are loaded, and with the others as soon as they are; any number of calls."""
     for library, plugin in PLUGINS.items():
         if library in sys.modules:
-            import_module(plugin)
+            import_or_warn(plugin, library)
     if not any(isinstance(finder, _PluginFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PluginFinder())
 
@@ -45,7 +46,7 @@ class _PluginFinder(MetaPathFinder):
 
         def run_then_register(module: ModuleType) -> None:
             run(module)
-            import_module(PLUGINS[name])
+            import_or_warn(PLUGINS[name], name)
 
         spec.loader.exec_module = run_then_register  # type: ignore[method-assign]
         return spec
@@ -59,3 +60,15 @@ class _PluginFinder(MetaPathFinder):
             if spec is not None:
                 return spec
         return None
+
+
+def import_or_warn(plugin: str, library: str) -> None:
+    """Import `plugin`; if that fails, say so, and let the `library` that is being imported go on without it."""
+    try:
+        import_module(plugin)
+    except Exception as error:  # noqa: BLE001 - the environment may not want pruned models at all
+        logging.getLogger("eigenprune").warning(
+            "eigenprune does not work with this %s; pruned models will not load or train with it: %r",
+            library.partition(".")[0],
+            error,
+        )

@@ -6,6 +6,7 @@ Run as a program: `python -m tests.helpers.reload PLAN.json OUT.json`. The plan 
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,10 @@ def reload_in_new_process(plan: list[dict[str, Any]], scratch: Path, *, plugin: 
     plan_file, out_file = scratch / "plan.json", scratch / "out.json"
     plan_file.write_text(json.dumps({"plugin": plugin, "entries": plan}))
     command = [sys.executable, "-m", "tests.helpers.reload", str(plan_file), str(out_file)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    environment = os.environ if plugin else os.environ | {"EIGENPRUNE_AUTOLOAD": "0"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(f"the reloading process failed:\n{done.stderr[-3000:]}")
     results: list[dict[str, Any]] = json.loads(out_file.read_text())

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a card says about a checkpoint, read from the very files that are published: config and safetensors headers."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from eigenprune.config import QUANT_METHOD, EigenpruneConfig
+from eigenprune.errors import CheckpointError
+from eigenprune.layers import factored_parameters
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LARGEST_JSON = 16 << 20
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class FactoredLayer:
+    """One pruned layer: its name, (out, in) of the dense weight, layout and rank."""
+
+    name: str
+    shape: tuple[int, int]
+    layout: str
+    rank: int
+
+    @property
+    def kept(self) -> float:
+        """Parameters of the factors over those of the dense weight."""
+        return factored_parameters(self.rank, *self.shape, self.layout) / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """A pruned checkpoint.
+
+    Attributes:
+        architecture: the model class, as the config names it.
+        config: how it was pruned.
+        layers: the factored ones, by name.
+        dtype: of most parameters, as safetensors writes it.
+        parameters: of the whole model (dense, pruned).
+        weight_bytes: of all tensors (dense in the same dtype, pruned).
+        files: SHA-256 of each weight file.
+    """
+
+    architecture: str
+    config: EigenpruneConfig
+    layers: tuple[FactoredLayer, ...]
+    dtype: str
+    parameters: tuple[int, int]
+    weight_bytes: tuple[int, int]
+    files: dict[str, str]
+
+    @property
+    def weights_hash(self) -> str:
+        """One hash for all weight files."""
+        return joint_hash(self.files)
+
+
+def read_facts(folder: Path) -> CheckpointFacts:
+    """The facts of the pruned model in `folder`.
+
+    Raises:
+        CheckpointError: it holds no pruned model, or not all of it, or files that contradict each other.
+        ConfigError: its settings are impossible.
+    """
+    config = read_json(folder / "config.json")
+    settings = config.get("quantization_config")
+    if not isinstance(settings, Mapping) or settings.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"{folder.name} holds no model pruned by eigenprune; others have push_to_hub of their own"
+        )
+    pruned: EigenpruneConfig = EigenpruneConfig.from_dict(settings)
+    files = weight_files(folder)
+    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        headers |= _header(file)
+    layers = tuple(_layer(name, layout, rank, headers) for name, (layout, rank) in sorted(pruned.modules.items()))
+    sizes = {key: math.prod(shape) for key, (_, shape) in headers.items()}
+    floating = {key for key, (dtype, _) in headers.items() if dtype.startswith(("F", "BF"))}
+    amounts: Counter[str] = Counter()
+    for key in floating:
+        amounts[headers[key][0]] += sizes[key]
+    dtype = amounts.most_common(1)[0][0] if amounts else "F32"
+    parameters = sum(sizes[key] for key in floating)
+    weight_bytes = sum(sizes[key] * ITEM_BYTES.get(headers[key][0], 1) for key in headers)
+    removed = sum(
+        layer.shape[0] * layer.shape[1] - factored_parameters(layer.rank, *layer.shape, layer.layout)
+        for layer in layers
+    )
+    pivots = sum(sizes.get(f"{layer.name}.pivots", 0) * ITEM_BYTES["I32"] for layer in layers)
+    architectures = config.get("architectures") or [""]
+    return CheckpointFacts(
+        architecture=str(architectures[0]),
+        config=pruned,
+        layers=layers,
+        dtype=dtype,
+        parameters=(parameters + removed, parameters),
+        weight_bytes=(weight_bytes + removed * ITEM_BYTES.get(dtype, 1) - pivots, weight_bytes),
+        files={file.name: file_hash(file) for file in files},
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, all that its index names.
+
+    Raises:
+        CheckpointError: there is none, one is missing, or the index names something else than files beside it.
+    """
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise CheckpointError(f"{folder.name} holds no {SINGLE}: is it a saved model?")
+        return [folder / SINGLE]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX} names {name!r:.80}, which is no safetensors file beside it")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{INDEX} names {name}, which is not there: save or download the model again")
+    if not names:
+        raise CheckpointError(f"{INDEX} names no file")
+    return [folder / name for name in names]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(f"{path.name} is larger than {LARGEST_JSON >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read as JSON ({type(error).__name__}): {path.parent.name}"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} holds no JSON object")
+    return value
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_weights(folder: Path) -> str:
+    """One hash for all weight files of a checkpoint, dense or pruned; errors as `weight_files`."""
+    return joint_hash({file.name: file_hash(file) for file in weight_files(folder)})
+
+
+def joint_hash(files: Mapping[str, str]) -> str:
+    """SHA-256 over names and hashes, as `sha256sum` prints them."""
+    lines = "".join(f"{files[name]}  {name}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{tensor: (dtype, shape)}; no data is read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            foreign = set(opened.metadata() or {}) - {"format"}
+            if foreign:
+                raise CheckpointError(f"{file.name} carries notes in its header ({len(foreign)}): save the model again")
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no dict
+            return {key: (str(part.get_dtype()), tuple(part.get_shape())) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file.name} is cut short or damaged: save or download the model again") from error
+
+
+def _layer(name: str, layout: str, rank: int, headers: Mapping[str, tuple[str, tuple[int, ...]]]) -> FactoredLayer:
+    try:
+        right, left = headers[f"{name}.right.weight"][1], headers[f"{name}.left.weight"][1]
+        out_features = left[0] + (rank if layout == "pivot" else 0)
+        agree = right[0] == rank == left[1]
+    except (KeyError, IndexError):
+        agree = False
+    if not agree:
+        raise CheckpointError(f"the weight files hold no factors of {name} with rank {rank}, as config.json says")
+    return FactoredLayer(name, (out_features, right[1]), layout, rank)

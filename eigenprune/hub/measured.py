@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures for a card: from result files of `eigenprune eval --json` only, and only where they belong to the model."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eigenprune.errors import CheckpointError
+from eigenprune.hub.facts import CheckpointFacts, read_json
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Perplexity on one set of texts.
+
+    Attributes:
+        texts: names of the text files.
+        window: tokens in a window.
+        tokens: predicted tokens.
+        token_hash: SHA-256 of their ids.
+        pruned: perplexity of this checkpoint.
+        dense: that of its base on the same tokens, if measured.
+    """
+
+    texts: tuple[str, ...]
+    window: int
+    tokens: int
+    token_hash: str
+    pruned: float
+    dense: float | None = None
+
+
+def read_measured(files: Iterable[Path], facts: CheckpointFacts) -> list[Measured]:
+    """The result files, those of the dense model joined to those of the pruned one by the hash of their tokens.
+
+    Raises:
+        CheckpointError: a file is no result, or of another model, or of the dense model on other tokens.
+    """
+    pruned: dict[str, dict[str, Any]] = {}
+    dense: dict[str, tuple[str, float]] = {}
+    for file in files:
+        result = _result(file)
+        if result["weights"] == facts.weights_hash:
+            pruned[result["token_hash"]] = result
+        elif result["factored_layers"] == 0 and result["parameters"] == facts.parameters[0]:
+            dense[result["token_hash"]] = (file.name, result["perplexity"])
+        else:
+            raise CheckpointError(
+                f"{file.name} was measured on another model than this checkpoint and its base: "
+                "run eigenprune eval on this folder again"
+            )
+    for token_hash, (name, _) in dense.items():
+        if token_hash not in pruned:
+            raise CheckpointError(f"{name} is of the dense model, and no result is of this one on the same tokens")
+    return [
+        Measured(
+            texts=tuple(result["texts"]),
+            window=result["window"],
+            tokens=result["tokens"],
+            token_hash=token_hash,
+            pruned=result["perplexity"],
+            dense=dense.get(token_hash, ("", None))[1],
+        )
+        for token_hash, result in sorted(pruned.items())
+    ]
+
+
+def _result(file: Path) -> dict[str, Any]:
+    result = read_json(file)
+    kinds = {
+        "perplexity": (float, int),
+        "window": int,
+        "tokens": int,
+        "token_hash": str,
+        "parameters": int,
+        "factored_layers": int,
+        "texts": list,
+        "weights": (str, type(None)),
+    }
+    bad = [key for key, kind in kinds.items() if not isinstance(result.get(key), kind)]  # type: ignore[arg-type]
+    if not bad and not (math.isfinite(result["perplexity"]) and result["perplexity"] >= 1):
+        bad = ["perplexity"]
+    if bad or not all(isinstance(text, str) for text in result["texts"]):
+        raise CheckpointError(
+            f"{file.name} is no result of this version's eigenprune eval --json ({', '.join(bad) or 'texts'})"
+        )
+    return result
