@@ -32,7 +32,9 @@ def inspect(
     layers = [_with_saved(entry, saved.get(entry.name, {})) for entry in describe_layers(loaded, skip or ())]
     kept = sum(layer.parameters for layer in layers)
     dense = sum(layer.dense_parameters for layer in layers)
-    total = f"{len(layers)} linear layers, {kept:,} of {dense:,} parameters ({kept / max(dense, 1):.4f})"
+    total = (
+        f"{len(layers)} linear layers, heads included: {kept:,} of {dense:,} parameters ({kept / max(dense, 1):.4f})"
+    )
     result = {
         "model": model,
         "layers": [asdict(layer) for layer in layers],

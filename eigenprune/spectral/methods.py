@@ -8,7 +8,7 @@ from eigenprune.errors import ConfigError
 
 @dataclass(frozen=True)
 class Method:
-    """A preset of DESIGN 5.2.
+    """A named preset: how a truncation is measured, and how ranks are shared out.
 
     Attributes:
         input_metric: `none`, `abs-mean` (ASVD's diagonal) or `gram`.
@@ -37,7 +37,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "kfac": Method("gram", "gram", "global", "KFAC-SVD of LEMS (2026), DESIGN 5.1, with one global choice of ranks"),
+    "kfac": Method("gram", "gram", "global", "the metric of KFAC-SVD (LEMS, 2026), with one global choice of ranks"),
     "svd-llm": Method("gram", "none", "uniform", "SVD-LLM, arXiv 2403.07378", shrink_input=0.0),
     "asvd": Method("abs-mean", "none", "uniform", "ASVD, arXiv 2312.05821, alpha 0.5, without its rank search"),
     "svd": Method("none", "none", "uniform", "plain truncated SVD; data-free, a baseline"),

@@ -34,7 +34,9 @@ def rank_options(shape: tuple[int, int], found: Spectrum, layout: str, rank_mult
         if factored_parameters(rank, m, n, layout) < m * n
     ]
     costs = [factored_parameters(rank, m, n, layout) for rank in ranks]
-    losses = 0.5 * found.tail()[torch.tensor(ranks, dtype=torch.long)]  # Gauss-Newton: DESIGN 5.1
+    losses = (
+        0.5 * found.tail()[torch.tensor(ranks, dtype=torch.long)]
+    )  # Gauss-Newton: half the squared distance in the metric
     return Options(
         ranks=torch.tensor([*ranks, 0]),
         costs=torch.tensor([*costs, m * n]),
