@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -19,7 +20,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 demo: $(VENV)/.demo ## prune a real model, save, reload, compare (first call: downloads about 0.5 GB)
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/demo.py $(DEMO_ARGS)
 
 test: lint types ## lint, types, then all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
