@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA of the peft library around factored layers, with an exact merge.
 
-Imported right after peft is, by `eigenprune.integrations.registration`. From then on `get_peft_model` with ordinary
+Imported by `eigenprune.integrations.peft_hook` when the first adapter is made. `get_peft_model` with ordinary
 `target_modules=["q_proj"]` puts a `LoraLowRankLinear` around a factored `q_proj`, and so does every way to load an
 adapter. There are two places for an adapter:
 
@@ -35,12 +35,11 @@ has wrapped or quantised.
 """
 
 import copy
-import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft import LoraModel, PeftType
+from peft import PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -153,31 +152,3 @@ def _warn_of_dense_base(model: nn.Module) -> None:
             "their base model. To save adapters, first save the pruned model and load that; to merge them, go on",
             stacklevel=2,
         )
-
-
-def _install() -> None:
-    """Put this plug-in's two methods in front of peft's; once."""
-    inject, replace = BaseTuner.inject_adapter, LoraModel._replace_module
-    if getattr(inject, "checked_by_eigenprune", False):
-        return
-
-    @functools.wraps(inject)
-    def inject_adapter(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        check_new_adapter(self, model, self.peft_config[adapter_name], kwargs.get("state_dict"))
-        inject(self, model, adapter_name, *args, **kwargs)
-
-    @functools.wraps(replace)
-    def replace_module(self: LoraModel, parent: nn.Module, name: str, new: nn.Module, child: nn.Module) -> None:
-        # peft asks `child.weight` for its device 18 times a layer, and each time that is a product of the factors. The
-        # parts of the new layer are on that device already.
-        if isinstance(child, LowRankLinear) and isinstance(new, LoraLowRankLinear):
-            setattr(parent, name, new)
-        else:
-            replace(self, parent, name, new, child)  # type: ignore[no-untyped-call]
-
-    inject_adapter.checked_by_eigenprune = True  # type: ignore[attr-defined]
-    BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
-    LoraModel._replace_module = replace_module  # type: ignore[method-assign]
-
-
-_install()

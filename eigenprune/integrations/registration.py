@@ -16,7 +16,7 @@ from types import ModuleType
 # {module that must be there: plug-in that is then imported}; importing a plug-in registers it.
 PLUGINS = {
     "transformers.quantizers.auto": "eigenprune.integrations.transformers",
-    "peft": "eigenprune.integrations.peft",
+    "peft.tuners.tuners_utils": "eigenprune.integrations.peft_hook",
 }
 
 

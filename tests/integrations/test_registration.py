@@ -3,6 +3,7 @@
 
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,18 +74,23 @@ def test_a_library_that_is_not_installed_is_missing_as_ever(monkeypatch: pytest.
         importlib.import_module("no_such_library_at_all")
 
 
-def test_peft_first_and_a_config_from_before_work() -> None:
-    """peft and a LoraConfig are there before eigenprune is imported (the other order: test_peft_reload)."""
+@pytest.mark.parametrize("autoload", ["0", "1"])
+def test_peft_first_and_a_config_from_before_work(autoload: str) -> None:
+    """peft and a LoraConfig are there before eigenprune is imported (the other order: test_peft_reload).
+
+    With autoloading, where the package is installed, torch imports eigenprune while peft is only half there.
+    """
     pytest.importorskip("peft")
     code = """
-import peft
+import os, peft
 config = peft.LoraConfig(target_modules=["0"], r=2)
-assert not hasattr(peft.tuners.tuners_utils.BaseTuner.inject_adapter, "checked_by_eigenprune")
+wrapped = hasattr(peft.tuners.tuners_utils.BaseTuner.inject_adapter, "checked_by_eigenprune")
+assert not (wrapped and os.environ["EIGENPRUNE_AUTOLOAD"] == "0")
 import eigenprune, torch
 model = torch.nn.Sequential(eigenprune.LowRankLinear(16, 16, 4))
 print(type(peft.get_peft_model(model, config).base_model.model[0]).__name__)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
-    )
+    env = os.environ | {"EIGENPRUNE_AUTOLOAD": autoload}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["LoraLowRankLinear"], done.stderr[-2000:]
