@@ -35,11 +35,13 @@ has wrapped or quantised.
 """
 
 import copy
+import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftType
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -152,3 +154,25 @@ def _warn_of_dense_base(model: nn.Module) -> None:
             "their base model. To save adapters, first save the pruned model and load that; to merge them, go on",
             stacklevel=2,
         )
+
+
+def _install() -> None:
+    """Put our way of placing a layer in front of peft's, once."""
+    replace = LoraModel._replace_module
+    if getattr(replace, "wrapped_by_eigenprune", False):
+        return
+
+    @functools.wraps(replace)
+    def replace_module(self: LoraModel, parent: nn.Module, name: str, new: nn.Module, child: nn.Module) -> None:
+        # peft asks `child.weight` for its device 18 times a layer, and each time that is a product of the factors. The
+        # parts of the new layer are on that device already.
+        if isinstance(child, LowRankLinear) and isinstance(new, LoraLowRankLinear):
+            setattr(parent, name, new)
+        else:
+            replace(self, parent, name, new, child)  # type: ignore[no-untyped-call]
+
+    replace_module.wrapped_by_eigenprune = True  # type: ignore[attr-defined]
+    LoraModel._replace_module = replace_module  # type: ignore[method-assign]
+
+
+_install()
