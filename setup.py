@@ -32,10 +32,32 @@ TORCH_TARGET = "0x020a000000000000"  # 2.10, whatever torch it is built with
 # architecture -> first toolkit that knows it
 CUDA_ARCHITECTURES = {"80": Version("11.0"), "90": Version("11.8"), "100": Version("12.8")}
 
-CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu/low_rank_linear.cpp", "csrc/cpu/pivot_linear.cpp"]
+CPU_SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/cpu/dot_avx2.cpp",
+    "csrc/cpu/dot_avx512.cpp",
+    "csrc/cpu/dot_avx512_bf16.cpp",
+    "csrc/cpu/dot_products.cpp",
+    "csrc/cpu/factored_linear.cpp",
+    "csrc/cpu/level.cpp",
+    "csrc/cpu/low_rank_linear.cpp",
+    "csrc/cpu/merge.cpp",
+    "csrc/cpu/pivot_linear.cpp",
+]
 CUDA_HOST_SOURCES = ["csrc/cuda/low_rank_linear.cpp", "csrc/cuda/pivot_linear.cpp"]
 CUDA_KERNEL_SOURCES = ["csrc/cuda/pivot_linear.cu"]
-HEADERS = ["csrc/checks.h", "csrc/products.h", "csrc/cuda/pivot_linear.h"]
+HEADERS = [
+    "csrc/checks.h",
+    "csrc/products.h",
+    "csrc/cpu/dot_products.h",
+    "csrc/cpu/dot_tile.h",
+    "csrc/cpu/factored_linear.h",
+    "csrc/cpu/level.h",
+    "csrc/cpu/merge.h",
+    "csrc/cpu/panel_tile.h",
+    "csrc/cpu/target.h",
+    "csrc/cuda/pivot_linear.h",
+]
 # -g0 undoes -g in Python's own flags (megabytes); no fast math and no -march: one binary for every machine.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall"]
 
@@ -127,7 +149,8 @@ def facts_extension(torch_version: str, sanitizers: list[str], architectures: li
     }
     return Extension(
         "eigenprune.ops._build_info",
-        sources=["csrc/module.cpp"],
+        sources=["csrc/module.cpp", "csrc/cpu/level.cpp"],
+        depends=["csrc/cpu/level.h"],
         include_dirs=[pybind11.get_include()],
         define_macros=[(name, f'"{value}"') for name, value in facts.items()],
         extra_compile_args=CXX_FLAGS,

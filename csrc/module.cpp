@@ -8,6 +8,8 @@
 #include <cpuid.h>
 #endif
 
+#include "cpu/level.h"
+
 namespace py = pybind11;
 
 #ifndef EIGENPRUNE_CUDA_ARCHITECTURES
@@ -51,5 +53,6 @@ py::dict cpu_features() {
 PYBIND11_MODULE(_build_info, module) {
   module.doc() = "How the eigenprune extension was built, and what this CPU can do.";
   module.def("build_facts", &build_facts, "Facts fixed when the extension was compiled.");
+  module.def("cpu_kernels", &eigenprune::cpu_level_name, "Instruction set of the CPU kernels in use.");
   module.def("cpu_features", &cpu_features, "Instruction sets of this CPU that matter for matrix products.");
 }

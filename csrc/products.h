@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products, by torch's own linear: its BLAS, its threads, its choice for low precision.
+// What the operators take from torch: its linear (its BLAS, its threads, its choice for low precision), and its sorting.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -30,6 +30,21 @@ inline Tensor linear_for_pointer(const Tensor& x, const Tensor& weight) {
     throw std::runtime_error("eigenprune: torch's linear returned another dtype than its input's");
   }
   return torch::stable::contiguous(y);
+}
+
+// The order that sorts a vector, int64.
+inline Tensor argsort(const Tensor& values) {
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(values), torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::argsort", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor index_select(const Tensor& tensor, int64_t dim, const Tensor& index) {
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(tensor), torch::stable::detail::from(dim), torch::stable::detail::from(index)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // The shape of x with its last dimension replaced.

