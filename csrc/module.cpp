@@ -4,10 +4,6 @@
 
 #include <pybind11/pybind11.h>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include "cpu/level.h"
 
 namespace py = pybind11;
@@ -40,11 +36,8 @@ py::dict cpu_features() {
   features["avx2"] = static_cast<bool>(__builtin_cpu_supports("avx2"));
   features["avx512f"] = static_cast<bool>(__builtin_cpu_supports("avx512f"));
   features["avx512_bf16"] = static_cast<bool>(__builtin_cpu_supports("avx512bf16"));
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  const bool has_leaf = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0;
-  features["amx_bf16"] = has_leaf && (edx >> 22 & 1u) != 0;  // Intel SDM volume 2A, CPUID leaf 7, EDX bit 22
-  features["amx_tile"] = has_leaf && (edx >> 24 & 1u) != 0;  // EDX bit 24
 #endif
+  features["amx_bf16"] = eigenprune::has_amx_bf16();
   return features;
 }
 

@@ -14,6 +14,7 @@
 #include <stdexcept>
 
 #include "dot_products.h"
+#include "level.h"
 #include "merge.h"
 
 namespace eigenprune {
@@ -48,6 +49,18 @@ void cut_units(std::vector<Unit>& units, size_t layer, int64_t rows, int64_t wei
       units.push_back({layer, row, std::min(rows, row + block), begin, std::min(weight_rows, begin + columns)});
     }
   }
+}
+
+// The same units in another order: threads that take one each are far apart. Each then reads its own stretch of the
+// weights, and none writes into a cache line of y that another is writing into.
+std::vector<Unit> spread(const std::vector<Unit>& units, size_t threads) {
+  const size_t stretch = (units.size() + threads - 1) / threads;
+  std::vector<Unit> spread;
+  spread.reserve(units.size());
+  for (size_t place = 0; place < stretch; ++place) {
+    for (size_t i = place; i < units.size(); i += stretch) spread.push_back(units[i]);
+  }
+  return spread;
 }
 
 // Hands out numbers below a limit, each once, and knows when all of them are done.
@@ -112,13 +125,14 @@ class FactoredLinear {
   }
 
   void run() {
-    Ticket first(right_units_.size()), second(left_units_.size());
-    const auto both_products = [&](int64_t, int64_t) {
-      first.work_off([&](int64_t i) { right_product(right_units_[i]); });
-      first.wait();
-      second.work_off([&](int64_t i) { left_product(left_units_[i]); });
-    };
     const int64_t threads = weight_bytes_ * rows_ < kSerialBytes ? 1 : torch::stable::get_num_threads();
+    const std::vector<Unit> right_units = spread(right_units_, threads), left_units = spread(left_units_, threads);
+    Ticket first(right_units.size()), second(left_units.size());
+    const auto both_products = [&](int64_t, int64_t) {
+      first.work_off([&](int64_t i) { right_product(right_units[i]); });
+      first.wait();
+      second.work_off([&](int64_t i) { left_product(left_units[i]); });
+    };
     if (threads == 1) {
       both_products(0, 1);
     } else {
@@ -260,6 +274,7 @@ bool serves_factored_linear(ScalarType dtype, int64_t rows, int64_t in, int64_t 
   if (rows <= kMaxDotRows) return true;
   if (kernel->panels == nullptr) return false;
   if (kernel->x_dtype != ScalarType::BFloat16) return true;
+  if (has_amx_bf16()) return false;  // torch's products use it. Not measured: no such machine was at hand
   return rows <= kMaxPairRows && in % 2 == 0 && rank % 2 == 0;  // panels of bfloat16 take two elements at a time
 }
 

@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace eigenprune {
 namespace {
 
@@ -39,6 +43,17 @@ int chosen_level() {
 CpuLevel cpu_level() {
   static const int kLevel = chosen_level();
   return static_cast<CpuLevel>(kLevel);
+}
+
+bool has_amx_bf16() {
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // Intel SDM volume 2A, CPUID leaf 7, EDX
+  return (edx & kBf16) != 0 && (edx & kTile) != 0;
+#else
+  return false;
+#endif
 }
 
 const char* cpu_level_name() { return kNames[static_cast<int>(cpu_level())]; }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels behind both linears: exact on whole numbers for every size and instruction set, alike for any threads.
+"""The CPU kernels behind both linears: exact on whole numbers for every size and instruction set, for any threads.
 
 Inputs are small whole numbers whose every partial sum is representable, so that any correct order of summation
 gives the same bits, and a dropped, repeated or misplaced element cannot hide in a tolerance.
