@@ -30,9 +30,9 @@ def low_rank_linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None 
         bias: [out], likewise, or None.
 
     Returns:
-        [..., out], dtype and device of x. The product of rank columns is rounded to that dtype on the way, as
-        two `nn.Linear` in a row would. Differentiable in every argument. Under autocast the inputs are cast
-        first. A gradient keeps x and that product, [..., rank], as two `nn.Linear` do.
+        [..., out], dtype and device of x. Differentiable in every argument; a gradient keeps x and the product
+        of rank columns, as two `nn.Linear` do. Under autocast the inputs are cast first. On CPU, where no
+        gradient is wanted, sums are kept in float32 and the result is the same for any number of threads.
 
     Raises:
         RuntimeError: shapes that do not fit, mixed dtypes or devices; the text names the operator and both

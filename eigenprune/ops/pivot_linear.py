@@ -37,7 +37,8 @@ def pivot_linear(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: T
 
     Returns:
         [..., out], dtype and device of x. Differentiable in x, right, left and bias. Under autocast the
-        floating point inputs are cast first.
+        floating point inputs are cast first. On CPU, where no gradient is wanted, sums are kept in float32 and
+        the result is the same for any number of threads.
 
     Raises:
         RuntimeError: shapes that do not fit, mixed dtypes or devices, pivots out of range or repeated; the
@@ -50,7 +51,7 @@ def pivot_linear(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: T
     if torch.is_autocast_enabled(x.device.type):
         x, right, left, bias = cast_arguments((x, right, left, bias), x.device.type)
     if needs_derivative(x, right, left, bias):
-        # torch's own gradients: 257 us both ways at 1 x 576 -> 576, rank 200; 326 through the operator.
+        # torch's own gradients run in C++, those of the operator in Python.
         return _composed(x, right, left, pivots, bias)
     return call_without_autograd(_operator, x, right, left, pivots, bias)
 
