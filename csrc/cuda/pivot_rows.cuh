@@ -17,20 +17,14 @@ struct PivotMemory {  // shared memory of the block
   int is_bad;
 };
 
-// The positions of word `word` that no pivot names, as bits; `positions` are left in this turn.
-__device__ inline uint32_t free_bits(const PivotMemory& memory, int word, int64_t positions) {
-  const int64_t inside = positions - int64_t{32} * word;
-  const uint32_t exists = inside >= 32 ? 0xffffffffu : (1u << inside) - 1u;
-  return ~memory.taken[word] & exists;
-}
-
 // Exclusive prefix sums of the free positions over the `words` words of this turn; returns their total. All threads.
-__device__ inline uint32_t count_free(PivotMemory& memory, int words, int64_t positions) {
+// The bits behind the last position count as free: only the total of the last turn has them, and nobody needs that one.
+__device__ inline uint32_t count_free(PivotMemory& memory, int words) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   uint32_t total = 0;
   for (int first = 0; first < words; first += blockDim.x) {
     const int word = first + static_cast<int>(threadIdx.x);
-    const uint32_t own = word < words ? __popc(free_bits(memory, word, positions)) : 0;
+    const uint32_t own = word < words ? __popc(~memory.taken[word]) : 0;
     uint32_t sum = own;  // over this lane and those below it
     for (int distance = 1; distance < 32; distance *= 2) {
       const uint32_t lower = __shfl_up_sync(0xffffffffu, sum, distance);
@@ -81,10 +75,10 @@ __device__ bool split_positions(
       }
     }
     __syncthreads();
-    const uint32_t total = count_free(memory, words, positions);
+    const uint32_t total = count_free(memory, words);
     for (int64_t inside = threadIdx.x; inside < positions; inside += blockDim.x) {
       const int word = static_cast<int>(inside / 32);
-      const uint32_t bits = free_bits(memory, word, positions), bit = 1u << (inside % 32);
+      const uint32_t bits = ~memory.taken[word], bit = 1u << (inside % 32);
       if ((bits & bit) != 0) on_rest(found + memory.before[word] + __popc(bits & (bit - 1u)), first + inside);
     }
     found += total;

@@ -23,8 +23,8 @@ SANITIZERS = {
     "address_undefined": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
-# Every n-th of the small cases: a sanitizer costs about ten times the time. About 10 s each, half of it to compile.
-EVERY = {"plain": "3", "address_undefined": "12", "thread": "24"}
+# Every n-th of the small cases: a sanitizer costs about ten times the time. 10 to 20 s each, half to compile.
+EVERY = {"plain": "5", "address_undefined": "25", "thread": "25"}  # prime to the 12 kinds of small cases
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on PATH: the CUDA kernels were not emulated")
 

@@ -211,12 +211,14 @@ void check_small_shapes(int stride) {
   }
 }
 
-void check_large_shapes() {
+void check_chosen_shapes() {
   // Many warps, more than one turn of the unrolled loop, several blocks; 4224 = 16 warps x 8 loads x 32 columns + 128.
   check_decode_all({{4224, 9, 11, Layout::kPivot, true, 0}}, 3);
   check_decode_all({{2112, 17, 5, Layout::kPair, false, 0}}, 16);
   check_decode_all({{36, 576, 40, Layout::kPivot, true, 0}}, 9);
   check_decode_all({{577, 33, 70, Layout::kPair, true, 1}}, 2);
+  check_decode_all({{64, 24, 40, Layout::kPivot, true, 1}}, 3);  // lengths fit 16-byte loads, addresses do not
+  check_decode_all({{64, 24, 40, Layout::kPair, true, 4}}, 11);
   check_decode_all({{8, 8, 2100, Layout::kPair, true, 0}}, 1);  // more than 256 blocks: 8 warps at most
 }
 
@@ -303,7 +305,7 @@ int main(int count, char** values) {
   const int stride = count > 1 ? std::atoi(values[1]) : 1;
   check_small_shapes(stride);
   check_interleaves(stride);
-  check_large_shapes();
+  check_chosen_shapes();
   check_groups();
   std::printf("%d runs, %d failures\n", cases, failures);
   return failures == 0 ? 0 : 1;
