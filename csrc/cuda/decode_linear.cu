@@ -57,7 +57,7 @@ __device__ void fill_rest(const Problem& problem, PivotMemory& memory) {
 // z = x right^T, and y at the pivots. With pivots the first block of a problem makes its table of the other positions,
 // beside the products and not before them.
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kMostWarps * 32) project(const __grid_constant__ Group group) {
+__global__ void __launch_bounds__(Tile::kMostWarps * 32, 1) project(const __grid_constant__ Group group) {
   using Element = typename Tile::Element;
   using Bits = typename Element::Bits;
   __shared__ union {
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Tile::kMostWarps * 32) project(const __grid_co
 
 // y = z left^T + bias, at the positions that are no pivots.
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kMostWarps * 32) expand(const __grid_constant__ Group group) {
+__global__ void __launch_bounds__(Tile::kMostWarps * 32, 1) expand(const __grid_constant__ Group group) {
   using Element = typename Tile::Element;
   using Bits = typename Element::Bits;
   __shared__ float partial[Tile::kMostWarps * kTileSums<Tile>];
@@ -110,9 +110,10 @@ __global__ void __launch_bounds__(Tile::kMostWarps * 32) expand(const __grid_con
 
 // Warps of a block, all on the same weight rows: many where blocks are few, so that the machine has enough loads in
 // flight, and no more than there are columns for. UNMEASURED: a GPU of 4.8 TB/s and 700 ns needs 3.4 MB in flight, and
-// a warp has 4 KB (32 lanes x 8 loads x 16 bytes), so about 800 warps; twice that, because they do not keep step.
+// a warp has 4 KB (32 lanes x 8 loads x 16 bytes), so about 800 warps; this gives 1000 to 2000 from 64 blocks on. With
+// about 100 registers a multiprocessor holds 16 warps, so 128 blocks of 16 are one wave on 132 of them.
 unsigned choose_warps(int64_t blocks, int64_t steps, int most) {
-  int warps = blocks >= 1024 ? 4 : blocks >= 256 ? 8 : 16;
+  int warps = blocks >= 512 ? 4 : blocks > 128 ? 8 : 16;
   while (warps > 4 && (warps > most || warps > steps)) warps /= 2;
   return static_cast<unsigned>(warps);
 }

@@ -22,7 +22,7 @@ struct MmaTile {
   static constexpr bool kVector = kVectorLoads;
   static constexpr int kVectors = kVectorCount;
   static constexpr int kWeightGroups = 1;
-  static constexpr int kUnroll = 8;     // loads in flight: 8 x 16 bytes a lane
+  static constexpr int kUnroll = kVector ? 8 : 2;  // 16-byte loads in flight; single elements take more registers
   static constexpr int kMostWarps = 16;
 
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
@@ -66,7 +66,7 @@ struct FmaTile {
   static constexpr bool kVector = kVectorLoads;
   static constexpr int kVectors = kVectorCount;
   static constexpr int kWeightGroups = kGroups;
-  static constexpr int kUnroll = 8 / kGroups;
+  static constexpr int kUnroll = kVector ? 8 / kGroups : 2;
   static constexpr int kMostWarps = 8;  // up to 64 sums and 32 loaded words a lane: it needs the registers
 
   float sum[kGroups][kVectorCount] = {};

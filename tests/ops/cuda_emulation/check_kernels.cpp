@@ -219,7 +219,7 @@ void check_chosen_shapes() {
   check_decode_all({{577, 33, 70, Layout::kPair, true, 1}}, 2);
   check_decode_all({{64, 24, 40, Layout::kPivot, true, 1}}, 3);  // lengths fit 16-byte loads, addresses do not
   check_decode_all({{64, 24, 40, Layout::kPair, true, 4}}, 11);
-  check_decode_all({{8, 8, 2100, Layout::kPair, true, 0}}, 1);  // more than 256 blocks: 8 warps at most
+  check_decode_all({{8, 8, 2100, Layout::kPair, true, 0}}, 1);  // more blocks than 128
 }
 
 void check_groups() {  // as q, k, v: one launch, ranks and layouts of their own, among them nothing to do at all
