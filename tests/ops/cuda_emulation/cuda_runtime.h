@@ -16,7 +16,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static  // one block at a time; the block order is changed between runs, so that stale contents show
 
 struct dim3 {
