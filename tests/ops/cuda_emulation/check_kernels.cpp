@@ -225,10 +225,11 @@ void check_chosen_shapes() {
 void check_groups() {  // as q, k, v: one launch, ranks and layouts of their own, among them nothing to do at all
   const Shape q{64, 24, 40, Layout::kPivot, true, 0}, k{64, 8, 16, Layout::kPair, false, 0};
   const Shape empty{64, 0, 0, Layout::kPair, false, 0}, only_pivots{64, 16, 0, Layout::kPivot, true, 0};
-  const Shape bad{64, 16, 0, Layout::kLargePivot, true, 0};
+  const Shape bad{64, 16, 0, Layout::kLargePivot, true, 0}, odd{61, 9, 20, Layout::kPivot, true, 0};
   check_decode_all({q, k, k}, 1);
   check_decode_all({empty, q, empty, bad, k, empty}, 5);
   check_decode_all({only_pivots, bad, only_pivots}, 16);
+  check_decode_all({q, odd, k}, 7);
   check_decode_all({empty}, 2);
   check_decode_all(std::vector<Shape>(8, k), 4);
 }
