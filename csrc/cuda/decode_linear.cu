@@ -126,7 +126,7 @@ bool allows_chunks(const void* weights, const void* vectors, int64_t length, int
 }
 
 template <typename Tile>
-int launch_stages(Group group, int count, bool is_second, void* stream) {
+int launch_kernel(Group group, int count, bool is_second, void* stream) {
   int64_t blocks = 0, longest = 0;
   for (int i = 0; i < count; ++i) {
     const Problem& problem = group.problems[i];
@@ -148,17 +148,17 @@ int launch_stages(Group group, int count, bool is_second, void* stream) {
 
 template <typename Element>
 int launch_halves(const Group& group, int count, bool is_second, bool in_chunks, void* stream) {
-  if (!in_chunks) return launch_stages<MmaTile<Element, false, 16>>(group, count, is_second, stream);
-  if (group.rows <= 8) return launch_stages<MmaTile<Element, true, 8>>(group, count, is_second, stream);
-  return launch_stages<MmaTile<Element, true, 16>>(group, count, is_second, stream);
+  if (!in_chunks) return launch_kernel<MmaTile<Element, false, 16>>(group, count, is_second, stream);
+  if (group.rows <= 8) return launch_kernel<MmaTile<Element, true, 8>>(group, count, is_second, stream);
+  return launch_kernel<MmaTile<Element, true, 16>>(group, count, is_second, stream);
 }
 
 int launch_floats(const Group& group, int count, bool is_second, bool in_chunks, void* stream) {
-  if (!in_chunks) return launch_stages<FmaTile<false, 16, 1>>(group, count, is_second, stream);
-  if (group.rows == 1) return launch_stages<FmaTile<true, 1, 1>>(group, count, is_second, stream);
-  if (group.rows <= 4) return launch_stages<FmaTile<true, 4, 1>>(group, count, is_second, stream);
-  if (group.rows <= 8) return launch_stages<FmaTile<true, 8, 2>>(group, count, is_second, stream);
-  return launch_stages<FmaTile<true, 16, 4>>(group, count, is_second, stream);
+  if (!in_chunks) return launch_kernel<FmaTile<false, 16, 1>>(group, count, is_second, stream);
+  if (group.rows == 1) return launch_kernel<FmaTile<true, 1, 1>>(group, count, is_second, stream);
+  if (group.rows <= 4) return launch_kernel<FmaTile<true, 4, 1>>(group, count, is_second, stream);
+  if (group.rows <= 8) return launch_kernel<FmaTile<true, 8, 2>>(group, count, is_second, stream);
+  return launch_kernel<FmaTile<true, 16, 4>>(group, count, is_second, stream);
 }
 
 int launch_stage(int dtype, const Group& group, int count, bool is_second, void* stream) {
