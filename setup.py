@@ -45,19 +45,12 @@ CPU_SOURCES = [
     "csrc/cpu/pivot_linear.cpp",
 ]
 CUDA_HOST_SOURCES = ["csrc/cuda/low_rank_linear.cpp", "csrc/cuda/pivot_linear.cpp"]
-CUDA_KERNEL_SOURCES = ["csrc/cuda/pivot_linear.cu"]
-HEADERS = [
-    "csrc/checks.h",
-    "csrc/products.h",
-    "csrc/cpu/dot_products.h",
-    "csrc/cpu/dot_tile.h",
-    "csrc/cpu/factored_linear.h",
-    "csrc/cpu/level.h",
-    "csrc/cpu/merge.h",
-    "csrc/cpu/panel_tile.h",
-    "csrc/cpu/target.h",
-    "csrc/cuda/pivot_linear.h",
-]
+CUDA_KERNEL_SOURCES = ["csrc/cuda/decode_linear.cu", "csrc/cuda/pivot_linear.cu"]
+HEADERS = ["csrc/checks.h", "csrc/products.h"]
+CPU_HEADERS = ("dot_products", "dot_tile", "factored_linear", "level", "merge", "panel_tile", "target")
+HEADERS += [f"csrc/cpu/{name}.h" for name in CPU_HEADERS]
+CUDA_HEADERS = [f"csrc/cuda/{name}.h" for name in ("decode_linear", "decode_route", "dtypes", "host", "pivot_linear")]
+CUDA_HEADERS += [f"csrc/cuda/{name}.cuh" for name in ("decode_tiles", "elements", "launch", "pivot_rows")]
 # -g0 undoes -g in Python's own flags (megabytes); no fast math and no -march: one binary for every machine.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall"]
 
@@ -123,7 +116,7 @@ def operators_extension(sanitizers: list[str], use_cuda: bool, nvcc: str | None)
     flags = [f"-fsanitize={','.join(sanitizers)}", "-fno-omit-frame-pointer"] if sanitizers else []
     options: dict[str, Any] = {
         "sources": CPU_SOURCES + (CUDA_HOST_SOURCES if use_cuda else []),
-        "depends": HEADERS + (CUDA_KERNEL_SOURCES if use_cuda else []),
+        "depends": HEADERS + (CUDA_KERNEL_SOURCES + CUDA_HEADERS if use_cuda else []),
         "define_macros": [("TORCH_TARGET_VERSION", TORCH_TARGET)],
         # The map keeps the path of the build folder out of the binary.
         "extra_compile_args": {"cxx": [*CXX_FLAGS, f"-ffile-prefix-map={here}=.", *flags]},

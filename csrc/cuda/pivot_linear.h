@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launchers of pivot_linear.cu: plain C, raw device pointers, no torch. All return a cudaError_t as int, 0 = fine.
+// The launchers of pivot_linear.cu: plain C, raw device pointers, no torch.
 #pragma once
 
 #include <stdint.h>
 
+#include "dtypes.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-enum EigenpruneDtype { kEigenpruneFloat32 = 0, kEigenpruneFloat64 = 1, kEigenpruneFloat16 = 2, kEigenpruneBFloat16 = 3 };
 
 // Fills source[o] with the column of (z | mixed) that output position o takes; -1 everywhere when a pivot is out of
 // range or repeated, so that no later kernel can read or write outside its arrays.
@@ -31,8 +31,6 @@ int eigenprune_pivot_interleave(
     int64_t rank,
     int64_t out_features,
     void* stream);  // cudaStream_t
-
-const char* eigenprune_cuda_error_text(int code);
 
 #ifdef __cplusplus
 }
