@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from eigenprune.errors import CheckpointError
-from eigenprune.hub.facts import CheckpointFacts, read_json
+from eigenprune.hub.facts import CheckpointFacts
+from eigenprune.hub.limits import read_json
 
 
 @dataclass(frozen=True)
