@@ -20,6 +20,7 @@ FILES = (
     r"chat_template\.jinja|additional_chat_templates/[A-Za-z0-9_-]{1,64}\.jinja",
     r"(video_)?preprocessor_config\.json|processor_config\.json",
 )
+MODELING_NAME = "modeling_eigenprune.py"  # the one exception, where it is the file that this package writes
 ALLOWED = re.compile("|".join(f"(?:{pattern})" for pattern in FILES), re.ASCII)
 WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}\.safetensors", re.ASCII)
 DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # what Windows takes for no file

@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from eigenprune.errors import CheckpointError
+from eigenprune.hub.card import automatic_class
 from eigenprune.hub.checkpoint import check_pivots
+from eigenprune.hub.modeling import write_modeling
 from eigenprune.hub.rename import put_in_place
 from eigenprune.hub.staging import staged_beside
 from eigenprune.layers import low_rank_layers
@@ -31,10 +33,21 @@ def save_model(
     report: PruneReport | None = None,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
+    remote_code: bool = False,
 ) -> Path:
     """Save `model` with its own `save_pretrained`, and the tokenizer and report beside it, in one step.
 
     Everything is written to a sibling folder and forced to disk, then renamed.
+
+    Args:
+        model: pruned or not.
+        folder: to write; missing parents are made.
+        tokenizer: saved beside it.
+        report: saved beside it.
+        overwrite: replace a model that is there.
+        max_shard_size: of one weight file.
+        remote_code: also write `modeling_eigenprune.py`, by which readers without this package can load a pruned model
+            with `trust_remote_code=True`.
 
     Returns:
         The folder.
@@ -60,6 +73,8 @@ def save_model(
                 _save_tokenizer(tokenizer, staged)
             if report is not None:
                 (staged / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            if remote_code:
+                write_modeling(staged, automatic_class(type(model).__name__)[0])
             _follow_umask(staged)
             _force_to_disk(staged)
             put_in_place(staged, folder)
