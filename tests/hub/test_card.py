@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card: what it says is true, and nothing that a file says can change its form (rows G15)."""
+"""The model card: what it says is true, and nothing that a file says can change its form (row G15)."""
 
 import getpass
 import json

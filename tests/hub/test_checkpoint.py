@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint that lies or is damaged is refused with an error that names what is wrong; random weights never run."""
+"""A checkpoint that lies or is damaged is refused, and what is wrong is named; random weights never run (row G6)."""
 
 import json
 import shutil
