@@ -26,7 +26,7 @@ def modeling_text(architecture: str) -> str:
     if not re.fullmatch(r"[A-Z]\w{0,99}", architecture, re.ASCII) or not hasattr(transformers, architecture):
         raise CheckpointError(f"{architecture!r:.80} is no model class of transformers: it gets no modelling file")
     source = files("eigenprune.hub").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return jinja2.Template(source, keep_trailing_newline=True).render(architecture=architecture)
+    return str(jinja2.Template(source, keep_trailing_newline=True).render(architecture=architecture))
 
 
 def write_modeling(folder: Path, automatic: str) -> None:
