@@ -124,7 +124,7 @@ def _front_matter(
 ) -> ModelCardData:
     carried = _carried(facts)
     is_id = HUB_ID.fullmatch(base) is not None
-    # Only `model-index`: the Hub's newer `.eval_results` files are for data sets that it lists as benchmarks.
+    # Results on any text. The Hub's newer `.eval_results` files are for data sets that it lists as benchmarks.
     results = [
         EvalResult(
             task_type=task or "text-generation",

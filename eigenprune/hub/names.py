@@ -25,7 +25,10 @@ ALLOWED = re.compile("|".join(f"(?:{pattern})" for pattern in FILES), re.ASCII)
 WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}\.safetensors", re.ASCII)
 DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # what Windows takes for no file
 # What an earlier push may have left, and what would be loaded beside, or instead of, the new files.
-OURS = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|prune_report\.json")
+OURS = re.compile(
+    r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|prune_report\.json"
+    r"|modeling_eigenprune\.py|\.eval_results/eigenprune-[A-Za-z0-9._-]+\.yaml"
+)
 
 
 def is_weight_name(name: object) -> bool:

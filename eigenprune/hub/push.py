@@ -12,7 +12,9 @@ from torch import nn
 
 from eigenprune.errors import CheckpointError, HubError
 from eigenprune.hub.card import CARD_NAME, build_card, check_card
+from eigenprune.hub.eval_results import eval_result_files
 from eigenprune.hub.facts import CheckpointFacts, read_facts
+from eigenprune.hub.measured import read_measured
 from eigenprune.hub.names import OURS, check_repo, check_revision
 from eigenprune.hub.outgoing import Outgoing, collect
 from eigenprune.hub.remote import Remote, explained
@@ -50,7 +52,8 @@ def push_to_hub(
         repo: `owner/name`; made if it does not exist.
         tokenizer: saved beside a model in memory; a folder has its own.
         report: saved beside a model in memory.
-        results: for the card, files that `eigenprune eval --json` wrote.
+        results: for the card, files that `eigenprune eval --json` wrote; those on a data set of the Hub (`--dataset`)
+            also become `.eval_results` files.
         base_model: for the card, the base's id on the Hub, if the model does not know it.
         private: of a new repository; True also refuses one that is there and public.
         revision: branch, made if it does not exist; None is the main one.
@@ -77,6 +80,7 @@ def push_to_hub(
             files = [Path(result) for result in results]
             card = build_card(folder, repo, results=files, base_model=base_model, revision=revision)
             outgoing.texts[CARD_NAME] = card.encode()
+            outgoing.texts.update(eval_result_files(read_measured(files, facts)))
         elif base_model is not None or tuple(results):
             raise HubError(f"the folder has a {CARD_NAME} already: write it anew with eigenprune card, or remove it")
         check_card(outgoing.texts[CARD_NAME].decode("utf-8", errors="replace"))

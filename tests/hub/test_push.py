@@ -105,6 +105,23 @@ def test_new_version_leaves_no_weights_of_the_old_one(hub: Hub, client: Client, 
     assert done(client("pull", repo=REPO, revision=first))["state"] == old
 
 
+def test_results_on_a_data_set_of_the_hub_go_along_and_leave_with_the_weights(
+    hub: Hub, client: Client, small: Path, smaller: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.txt").write_text("the quick brown fox. " * 40)
+    words = ["eval", str(small), "--texts", str(tmp_path / "texts.txt"), "--window", "32", "--json", "--quiet"]
+    said = done(client("command", words=[*words, "--dataset", "me/texts", "--task-id", "all"]))
+    (tmp_path / "result.json").write_text(said["stdout"][said["stdout"].index("{") :])
+    done(client("push", folder=str(small), repo=REPO, results=[str(tmp_path / "result.json")]))
+    name = ".eval_results/eigenprune-me_texts-all.yaml"
+    assert (
+        f"value: {json.loads((tmp_path / 'result.json').read_text())['perplexity']:.4f}"
+        in hub.files(REPO)[name].decode()
+    )
+    done(client("push", folder=str(smaller), repo=REPO))
+    assert name not in hub.files(REPO)
+
+
 def test_files_of_others_in_the_repository_stay(hub: Hub, client: Client, small: Path) -> None:
     hub.make(REPO, files={"notes.md": b"mine", "README.md": b"old"})
     done(client("push", folder=str(small), repo=REPO))
