@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results on data sets of the Hub, in the files by which it fills its model pages and leaderboards.
 
-Format: https://huggingface.co/docs/hub/eval-results. Written from what `eigenprune eval --json` measured with the options
+Format: https://huggingface.co/docs/hub/eval-results. Written from what `eigenprune eval --json` measured with
 `--dataset` and `--task-id`, and from nothing else. The card's own table and `model-index` hold results on any text.
 """
 

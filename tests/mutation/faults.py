@@ -247,5 +247,42 @@ FAULTS = (
         r"\b(?:hf|api_org)_[A-Za-z0-9]{40,}",
         ("tests/hub/test_scan.py", "-k", "planted_secret"),
     ),
+    Fault(
+        "token in the commit message",
+        "hub/push.py",
+        "message = commit_message or f",
+        "message = str(used) + f",
+        ("tests/reliability/test_secrets.py", "-k", "sinks and argument"),
+    ),
+    Fault(
+        "tensor without a shape is a foreign error",
+        "hub/facts.py",
+        "except (KeyError, IndexError):",
+        "except ZeroDivisionError:",
+        ("tests/reliability/test_damaged_files.py", "-k", "nothing_else"),
+    ),
+    Fault(
+        "labels drawn from another seed each time",
+        "calibrate/collect.py",
+        "generator.manual_seed(seed * 1_000_003 + index)",
+        "generator.seed()",
+        ("tests/reliability/test_determinism.py", "-k", "differ and kfac"),
+    ),
+    Fault(
+        "input of one thread taken by another",
+        "ops/pivot_linear.py",
+        "    return call_without_autograd(_operator, x, right, left, pivots, bias)",
+        "    pivot_linear.last = x\n"
+        "    __import__('time').sleep(0)\n"
+        "    return call_without_autograd(_operator, pivot_linear.last, right, left, pivots, bias)",
+        ("tests/reliability/test_threads.py", "-k", "calls_from and pivot"),
+    ),
+    Fault(
+        "rows out of order where there is no eigenprune",
+        "hub/modeling.py.jinja",
+        "places = places.scatter(0, pivots, torch.arange(len(pivots), device=pivots.device))",
+        "places = places.scatter(0, pivots.flip(0), torch.arange(len(pivots), device=pivots.device))",
+        ("tests/hub/test_modeling.py", "-k", "without_the_package"),
+    ),
 )
 MOST_SURVIVORS = 1

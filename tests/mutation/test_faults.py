@@ -19,7 +19,8 @@ def test_fault_has_its_place_in_the_source_and_its_tests(fault: Fault) -> None:
     source = (REPOSITORY / "eigenprune" / fault.file).read_text(encoding="utf-8")
     changed = fault.applied(source)
     assert changed != source
-    ast.parse(changed)  # a fault that no interpreter takes would be caught by anything
+    if fault.file.endswith(".py"):
+        ast.parse(changed)  # a fault that no interpreter takes would be caught by anything
     for name in fault.tests[: fault.tests.index("-k") if "-k" in fault.tests else None]:
         assert (REPOSITORY / name).is_file()
 
