@@ -33,9 +33,8 @@ folder, repo, prompt, new_tokens = sys.argv[1:]
 commit = eigenprune.push_to_hub(folder, repo)
 model = AutoModelForCausalLM.from_pretrained(repo, revision=commit)
 tokenizer = AutoTokenizer.from_pretrained(repo, revision=commit)
-ids = tokenizer(prompt, return_tensors="pt").input_ids
 with torch.no_grad():
-    output = model.generate(ids, max_new_tokens=int(new_tokens), do_sample=False, pad_token_id=0)
+    output = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=int(new_tokens), do_sample=False)
 text = " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
 print(json.dumps([commit, model_fingerprint(model), text]))
 """
