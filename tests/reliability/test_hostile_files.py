@@ -90,7 +90,7 @@ def _deep(levels: int) -> Any:
 BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "config a million levels deep": ("config.json", lambda: b"[" * (LARGEST_CONFIG - 10)),
     "config 20 levels deep": ("config.json", lambda: _json(_deep(20))),
-    "config 2 MiB long": ("config.json", lambda: _json("x" * (2 << 20))),
+    "config 8 MiB long": ("config.json", lambda: _json("x" * LARGEST_CONFIG)),
     "config of a million empty lists": ("config.json", lambda: b"[" + b"[]," * 300_000 + b"[]]"),
     "index 17 MiB long": ("model.safetensors.index.json", lambda: _json("x" * (17 << 20))),
     "index of five million lists": (
