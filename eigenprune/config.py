@@ -93,6 +93,8 @@ class EigenpruneConfig(QuantizationConfigMixin):
         Raises:
             ConfigError: an unknown field, or any value that the constructor refuses.
         """
+        if not isinstance(config_dict, Mapping):
+            raise ConfigError(f"the eigenprune config must be an object, not {type(config_dict).__name__}")
         values = dict(config_dict)
         method = values.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:

@@ -141,16 +141,15 @@ def prune_(
             del module, metric
             release_pages(span)
             release_unused()
-
-    report = PruneReport(
-        layers=tuple(_layer_reports(selection.shapes, choices, skipped, config.layout)),
-        settings=_settings(config, allocation),
-        calibration=statistics.facts.to_dict() if statistics is not None and method.statistics else {},
-        model_parameters=(before[0], _size(model)[0]),
-        model_bytes=(before[1], _size(model)[1]),
-        seconds=clock.seconds,
-    )
-    _make_savable(model, config, report)
+        report = PruneReport(
+            layers=tuple(_layer_reports(selection.shapes, choices, skipped, config.layout)),
+            settings=_settings(config, allocation),
+            calibration=statistics.facts.to_dict() if statistics is not None and method.statistics else {},
+            model_parameters=(before[0], _size(model)[0]),
+            model_bytes=(before[1], _size(model)[1]),
+            seconds=clock.seconds,
+        )
+        _make_savable(model, config, report)
     return report
 
 
@@ -242,12 +241,18 @@ def _check_weights(layers: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def _undo_on_error(model: nn.Module, dense: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put the `dense` layers back if anything fails inside, an interrupt included."""
+    """Put the `dense` layers and the attributes of model and config back if anything fails, an interrupt included."""
+    configs = (getattr(part, "config", None) for part in model.modules())
+    owners = [model, *(config for config in configs if hasattr(config, "__dict__"))]
+    attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
     try:
         yield
     except BaseException:
         for name, module in dense.items():
             replace_module_(model, name, module)
+        for now, then in attributes:
+            now.clear()
+            now.update(then)
         raise
 
 

@@ -18,6 +18,10 @@ def evaluate(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="For `push`: the Hub's id of the data set that the texts are (owner/name).")
+    ] = None,
+    task_id: Annotated[str | None, typer.Option(help="With --dataset: the task in it, as its page says.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")
     ] = False,
@@ -34,8 +38,11 @@ def evaluate(
     from eigenprune.cli.loading import load_model, load_tokenizer
     from eigenprune.evaluate import contiguous_windows, perplexity, spaced_windows
     from eigenprune.hub import hash_weights
+    from eigenprune.hub.measured import check_dataset
     from eigenprune.layers import low_rank_layers
 
+    if dataset is not None or task_id is not None:
+        check_dataset(dataset, task_id)
     documents = read_texts(texts)
     loaded = load_model(model, dtype, revision=revision, quiet=quiet)
     tokenizer = load_tokenizer(model, revision=revision)
@@ -51,6 +58,8 @@ def evaluate(
         f"{measured.seconds:.0f}",
     )
     settings = {"model": model, "window": window, "texts": [path.name for path in texts], "dtype": str(loaded.dtype)}
+    if dataset is not None:
+        settings |= {"dataset": dataset, "task_id": task_id}
     # By these a card tells which model was measured.
     settings["parameters"] = sum(parameter.numel() for parameter in loaded.parameters())
     settings["factored_layers"] = len(low_rank_layers(loaded))

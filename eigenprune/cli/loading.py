@@ -17,7 +17,7 @@ DTYPES = {
 
 
 def load_model(name: str, dtype: str = "auto", *, revision: str | None = None, quiet: bool = False) -> Any:
-    """The model of a folder or hub id, in the class that its config names, without its remote code.
+    """The model of a folder or hub id, in the class that its config names, without its remote code or pickles.
 
     Raises:
         CheckpointError: there is none, or it cannot be loaded.
@@ -26,16 +26,20 @@ def load_model(name: str, dtype: str = "auto", *, revision: str | None = None, q
     import transformers
     from transformers.utils import logging
 
+    from eigenprune.hub.limits import check_folder
+
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; there are: {', '.join(DTYPES)}")
     if quiet:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if Path(name).is_dir():
+        check_folder(Path(name))
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         architecture = (config.architectures or ["AutoModel"])[0]
         loader = getattr(transformers, architecture, None) if architecture in _model_classes() else None
         loader = loader or transformers.AutoModelForCausalLM
-        return loader.from_pretrained(name, revision=revision, dtype=DTYPES[dtype])
+        return loader.from_pretrained(name, revision=revision, dtype=DTYPES[dtype], use_safetensors=True)
     except OSError as error:
         raise CheckpointError(f"{name}: no model that can be loaded ({_first_line(error)})") from error
     except (RuntimeError, ValueError, KeyError) as error:

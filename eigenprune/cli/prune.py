@@ -34,6 +34,9 @@ def prune(
     seed: Annotated[int, typer.Option(help="For methods that draw labels.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    remote_code: Annotated[
+        bool, typer.Option(help="Add a modelling file, for readers without eigenprune who trust remote code.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that is in the folder already.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")
@@ -73,7 +76,7 @@ def prune(
     if config.texts is None and config_needs_text(config) and not quiet:
         errors.print("calibrating on the text that ships with Python; --texts FILE of the model's own domain is better")
     report = prune_(dense, config, tokenizer=tokenizer, progress=not quiet)
-    save_model(dense, out, tokenizer=tokenizer, report=report, overwrite=overwrite)
+    save_model(dense, out, tokenizer=tokenizer, report=report, overwrite=overwrite, remote_code=remote_code)
     result = report.to_dict() | {"out": str(out), "file_bytes": folder_bytes(out)}
     tables: list[RenderableType] = [summary_table(report), f"saved in {out}; each layer: eigenprune inspect {out}"]
     show(tables, result, as_json=as_json, quiet=quiet)

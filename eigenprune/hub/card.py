@@ -13,7 +13,7 @@ from eigenprune.errors import CheckpointError, HubError
 from eigenprune.hub.escape import code, plain
 from eigenprune.hub.facts import CheckpointFacts, read_facts
 from eigenprune.hub.measured import Measured, read_measured
-from eigenprune.hub.names import HUB_ID, check_repo, check_revision
+from eigenprune.hub.names import HUB_ID, MODELING_NAME, check_repo, check_revision
 from eigenprune.hub.picture import rank_picture
 from eigenprune.hub.rebuild import DTYPES, base_revision, calibration_facts, rebuild_command, rebuild_needs
 from eigenprune.report import CARRIED
@@ -64,7 +64,7 @@ def build_card(
     pruned_from = str(facts.config.provenance.get("base_model") or "")
     base = base_model or pruned_from
     name = repo.partition("/")[2]
-    automatic, task = next(((a, t) for end, a, t in TASKS if facts.architecture.endswith(end)), ("AutoModel", None))
+    automatic, task = automatic_class(facts.architecture)
     card = ModelCard.from_template(
         _front_matter(facts, measured, base, name, task),
         template_str=files("eigenprune.hub").joinpath(TEMPLATE).read_text(encoding="utf-8"),
@@ -75,6 +75,7 @@ def build_card(
         factored=len(facts.layers),
         architecture=_identifier(facts.architecture),
         auto_class=automatic,
+        remote_code=(folder / MODELING_NAME).is_file(),
         revision_argument=f', revision="{revision}"' if revision else "",
         table=_table(facts, measured),
         measured=[_protocol(entry) for entry in measured],
@@ -86,6 +87,11 @@ def build_card(
         calibration_limit=_calibration_limit(facts),
     )
     return str(card.content).rstrip() + "\n"
+
+
+def automatic_class(architecture: str) -> tuple[str, str | None]:
+    """By which automatic class a model class is loaded, and for which task of the Hub."""
+    return next(((a, task) for end, a, task in TASKS if architecture.endswith(end)), ("AutoModel", None))
 
 
 def check_card(text: str) -> None:
@@ -118,7 +124,7 @@ def _front_matter(
 ) -> ModelCardData:
     carried = _carried(facts)
     is_id = HUB_ID.fullmatch(base) is not None
-    # Only `model-index`: the Hub's newer `.eval_results` files are for data sets that it lists as benchmarks.
+    # Results on any text. The Hub's newer `.eval_results` files are for data sets that it lists as benchmarks.
     results = [
         EvalResult(
             task_type=task or "text-generation",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the files of a pruned checkpoint must hold, checked before any weight is loaded."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eigenprune.errors import CheckpointError
+from eigenprune.hub.limits import check_header
+from eigenprune.hub.names import is_weight_name
 from eigenprune.layers import LowRankLinear
 
+SUBFOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)  # `from_pretrained` can be given one
 FACTOR_DTYPES = ("F64", "F32", "BF16", "F16")  # an 8-bit float without its scale is no weight
 
 
@@ -42,7 +46,10 @@ def check_factor_files(files: Sequence[str | Path], layers: Mapping[str, LowRank
             raise CheckpointError(
                 f"{file.name}: a pruned model is stored as safetensors only; pickled weights are not read"
             )
+        if not is_weight_name(file.name):
+            raise CheckpointError(f"{file.name!r:.80} is no name of a weight file: save the model again")
         try:
+            check_header(file)
             with safe_open(file, framework="pt") as opened:
                 found.update(opened.keys())
                 for key in expected.keys() & set(opened.keys()):
@@ -59,6 +66,23 @@ def check_factor_files(files: Sequence[str | Path], layers: Mapping[str, LowRank
         )
     factored = {key.removesuffix(".right.weight") for key in found if key.endswith(".right.weight")}
     return {name for name in factored if f"{name}.left.weight" in found} - layers.keys()
+
+
+def check_places(files: Sequence[str | Path], folder: str | Path) -> None:
+    """Check that the weight `files` of a checkpoint in a local `folder` lie in it, by their names.
+
+    transformers joins the names of an index to the folder unseen. A `folder` that is the id of a repository on the Hub
+    is not looked at: no file in a repository has such a name.
+
+    Raises:
+        CheckpointError: one does not.
+    """
+    if not Path(folder).is_dir():
+        return
+    for file in map(Path, files):
+        inside = file.is_relative_to(folder) and all(map(SUBFOLDER.fullmatch, file.relative_to(folder).parts[:-1]))
+        if not inside:
+            raise CheckpointError(f"the index names {file.name!r:.80}, which is not in the folder of the model")
 
 
 def _check_tensor(key: str, opened: Any, shape: list[int], out_features: int) -> None:

@@ -2,23 +2,22 @@
 """What a card says about a checkpoint, read from the very files that are published: config and safetensors headers."""
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from eigenprune.config import QUANT_METHOD, EigenpruneConfig
 from eigenprune.errors import CheckpointError
+from eigenprune.hub.limits import LARGEST_INDEX, check_header, read_json
+from eigenprune.hub.names import is_weight_name
 from eigenprune.layers import factored_parameters
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-LARGEST_JSON = 16 << 20
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -119,35 +118,18 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / SINGLE).is_file():
             raise CheckpointError(f"{folder.name} holds no {SINGLE}: is it a saved model?")
         return [folder / SINGLE]
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+    weight_map = read_json(folder / INDEX, LARGEST_INDEX).get("weight_map")
+    values = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    for name in values:
+        if not is_weight_name(name):
             raise CheckpointError(f"{INDEX} names {name!r:.80}, which is no safetensors file beside it")
+    names = sorted(set(values))
+    for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{INDEX} names {name}, which is not there: save or download the model again")
     if not names:
         raise CheckpointError(f"{INDEX} names no file")
     return [folder / name for name in names]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{path.name} is larger than {LARGEST_JSON >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read as JSON ({type(error).__name__}): {path.parent.name}"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} holds no JSON object")
-    return value
 
 
 def file_hash(path: Path) -> str:
@@ -173,6 +155,7 @@ def joint_hash(files: Mapping[str, str]) -> str:
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{tensor: (dtype, shape)}; no data is read."""
     try:
+        check_header(file)
         with safe_open(file, framework="pt") as opened:
             foreign = set(opened.metadata() or {}) - {"format"}
             if foreign:

@@ -2,13 +2,18 @@
 """Figures for a card: from result files of `eigenprune eval --json` only, and only where they belong to the model."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eigenprune.errors import CheckpointError
-from eigenprune.hub.facts import CheckpointFacts, read_json
+from eigenprune.hub.facts import CheckpointFacts
+from eigenprune.hub.limits import read_json
+from eigenprune.hub.names import HUB_ID
+
+TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Measured:
         token_hash: SHA-256 of their ids.
         pruned: perplexity of this checkpoint.
         dense: that of its base on the same tokens, if measured.
+        dataset: (id of the data set on the Hub, id of the task in it), if the texts are one.
     """
 
     texts: tuple[str, ...]
@@ -30,6 +36,7 @@ class Measured:
     token_hash: str
     pruned: float
     dense: float | None = None
+    dataset: tuple[str, str] | None = None
 
 
 def read_measured(files: Iterable[Path], facts: CheckpointFacts) -> list[Measured]:
@@ -62,9 +69,29 @@ def read_measured(files: Iterable[Path], facts: CheckpointFacts) -> list[Measure
             token_hash=token_hash,
             pruned=result["perplexity"],
             dense=dense.get(token_hash, ("", None))[1],
+            dataset=_dataset(result),
         )
         for token_hash, result in sorted(pruned.items())
     ]
+
+
+def check_dataset(dataset: object, task: object) -> None:
+    """Check the id of a data set on the Hub, and of a task in it.
+
+    Raises:
+        CheckpointError: one of them cannot be such an id.
+    """
+    if not isinstance(dataset, str) or not HUB_ID.fullmatch(dataset):
+        raise CheckpointError(f"{dataset!r:.120} is no data set on the Hub: owner/name, as in Salesforce/wikitext")
+    if not isinstance(task, str) or not TASK.fullmatch(task):
+        raise CheckpointError(f"{task!r:.120} is no task of {dataset}: its page on the Hub says which there are")
+
+
+def _dataset(result: dict[str, Any]) -> tuple[str, str] | None:
+    if result.get("dataset") is None:
+        return None
+    check_dataset(result["dataset"], result.get("task_id"))
+    return result["dataset"], result["task_id"]
 
 
 def _result(file: Path) -> dict[str, Any]:

@@ -20,9 +20,20 @@ FILES = (
     r"chat_template\.jinja|additional_chat_templates/[A-Za-z0-9_-]{1,64}\.jinja",
     r"(video_)?preprocessor_config\.json|processor_config\.json",
 )
+MODELING_NAME = "modeling_eigenprune.py"  # the one exception, where it is the file that this package writes
 ALLOWED = re.compile("|".join(f"(?:{pattern})" for pattern in FILES), re.ASCII)
+WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}\.safetensors", re.ASCII)
+DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # what Windows takes for no file
 # What an earlier push may have left, and what would be loaded beside, or instead of, the new files.
-OURS = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|prune_report\.json")
+OURS = re.compile(
+    r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|prune_report\.json"
+    r"|modeling_eigenprune\.py|\.eval_results/eigenprune-[A-Za-z0-9._-]+\.yaml"
+)
+
+
+def is_weight_name(name: object) -> bool:
+    """Whether `name` can be that of a weight file beside its index, on any system."""
+    return isinstance(name, str) and bool(WEIGHTS.fullmatch(name)) and not DEVICES.fullmatch(name)
 
 
 def check_repo(repo: object) -> str:

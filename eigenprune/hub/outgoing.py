@@ -7,7 +7,8 @@ from pathlib import Path
 
 from eigenprune.errors import HubError
 from eigenprune.hub.facts import weight_files
-from eigenprune.hub.names import ALLOWED
+from eigenprune.hub.modeling import is_our_modeling
+from eigenprune.hub.names import ALLOWED, MODELING_NAME
 
 LARGEST_TEXT = 64 << 20
 
@@ -25,8 +26,12 @@ class Outgoing:
     weights: dict[str, Path]
 
 
-def collect(folder: Path) -> Outgoing:
+def collect(folder: Path, architecture: str = "") -> Outgoing:
     """What of `folder` may be published. Other files are left out with a warning, hidden ones without.
+
+    Args:
+        folder: of the checkpoint.
+        architecture: its model class; only the modelling file that this package writes for that class may go.
 
     Raises:
         CheckpointError: weight files are missing.
@@ -38,6 +43,12 @@ def collect(folder: Path) -> Outgoing:
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in Path(name).parts)
         if hidden or (path.is_dir() and not path.is_symlink()) or name in weights:
+            continue
+        if name == MODELING_NAME:
+            _check_inside(path, folder)
+            texts[name] = path.read_bytes()
+            if not is_our_modeling(texts[name], architecture):
+                raise HubError(f"{name} is not the file that this version writes: save the model again, or remove it")
             continue
         if not ALLOWED.fullmatch(name) or name.endswith(".safetensors"):
             left_out.append(name)

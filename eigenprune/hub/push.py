@@ -12,7 +12,9 @@ from torch import nn
 
 from eigenprune.errors import CheckpointError, HubError
 from eigenprune.hub.card import CARD_NAME, build_card, check_card
+from eigenprune.hub.eval_results import eval_result_files
 from eigenprune.hub.facts import CheckpointFacts, read_facts
+from eigenprune.hub.measured import read_measured
 from eigenprune.hub.names import OURS, check_repo, check_revision
 from eigenprune.hub.outgoing import Outgoing, collect
 from eigenprune.hub.remote import Remote, explained
@@ -34,6 +36,7 @@ def push_to_hub(
     create_pr: bool = False,
     token: str | None = None,
     commit_message: str | None = None,
+    remote_code: bool = False,
 ) -> str:
     """Publish a pruned model, with its card, in one commit.
 
@@ -49,13 +52,15 @@ def push_to_hub(
         repo: `owner/name`; made if it does not exist.
         tokenizer: saved beside a model in memory; a folder has its own.
         report: saved beside a model in memory.
-        results: for the card, files that `eigenprune eval --json` wrote.
+        results: for the card, files that `eigenprune eval --json` wrote; those on a data set of the Hub (`--dataset`)
+            also become `.eval_results` files.
         base_model: for the card, the base's id on the Hub, if the model does not know it.
         private: of a new repository; True also refuses one that is there and public.
         revision: branch, made if it does not exist; None is the main one.
         create_pr: open a pull request instead of committing to the branch.
         token: None takes what the hub library finds (`hf auth login`, HF_TOKEN).
         commit_message: the commit's first line.
+        remote_code: of a model in memory, see `save_model`; a folder has the modelling file already, or has not.
 
     Returns:
         The id of the commit; of the newest one, if nothing has changed.
@@ -66,14 +71,16 @@ def push_to_hub(
     """
     check_repo(repo)
     check_revision(revision)
-    if isinstance(model_or_dir, str | Path) and (tokenizer is not None or report is not None):
-        raise HubError("tokenizer and report go with a model in memory; a saved folder has its own")
-    with _folder(model_or_dir, tokenizer, report) as folder:
-        facts, outgoing = read_facts(folder), collect(folder)
+    if isinstance(model_or_dir, str | Path) and (tokenizer is not None or report is not None or remote_code):
+        raise HubError("tokenizer, report and remote_code go with a model in memory; a saved folder has its own")
+    with _folder(model_or_dir, tokenizer, report, remote_code) as folder:
+        facts = read_facts(folder)
+        outgoing = collect(folder, facts.architecture)
         if CARD_NAME not in outgoing.texts:
             files = [Path(result) for result in results]
             card = build_card(folder, repo, results=files, base_model=base_model, revision=revision)
             outgoing.texts[CARD_NAME] = card.encode()
+            outgoing.texts.update(eval_result_files(read_measured(files, facts)))
         elif base_model is not None or tuple(results):
             raise HubError(f"the folder has a {CARD_NAME} already: write it anew with eigenprune card, or remove it")
         check_card(outgoing.texts[CARD_NAME].decode("utf-8", errors="replace"))
@@ -95,7 +102,9 @@ def _operations(remote: Remote, outgoing: Outgoing) -> list[CommitOperationAdd |
 
 
 @contextmanager
-def _folder(model_or_dir: nn.Module | str | Path, tokenizer: Any, report: PruneReport | None) -> Iterator[Path]:
+def _folder(
+    model_or_dir: nn.Module | str | Path, tokenizer: Any, report: PruneReport | None, remote_code: bool
+) -> Iterator[Path]:
     """The folder with the saved model; of a model in memory, a temporary one."""
     if isinstance(model_or_dir, str | Path):
         if not Path(model_or_dir).is_dir():
@@ -103,7 +112,9 @@ def _folder(model_or_dir: nn.Module | str | Path, tokenizer: Any, report: PruneR
         yield Path(model_or_dir)
         return
     with tempfile.TemporaryDirectory(prefix="eigenprune-push-") as scratch:
-        yield save_model(model_or_dir, Path(scratch) / "model", tokenizer=tokenizer, report=report)
+        yield save_model(
+            model_or_dir, Path(scratch) / "model", tokenizer=tokenizer, report=report, remote_code=remote_code
+        )
 
 
 def _public_words(facts: CheckpointFacts, repo: str, base_model: str | None) -> list[str]:

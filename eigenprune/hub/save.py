@@ -4,7 +4,7 @@
 import json
 import os
 import shutil
-import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from eigenprune.errors import CheckpointError
+from eigenprune.hub.card import automatic_class
 from eigenprune.hub.checkpoint import check_pivots
+from eigenprune.hub.modeling import write_modeling
 from eigenprune.hub.rename import put_in_place
+from eigenprune.hub.staging import staged_beside
 from eigenprune.layers import low_rank_layers
 from eigenprune.report import PruneReport
 
 REPORT_NAME = "prune_report.json"
+SPACE = 1.05  # of the tensors' bytes: headers, tokenizer, report
 
 
 def save_model(
@@ -29,10 +33,21 @@ def save_model(
     report: PruneReport | None = None,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
+    remote_code: bool = False,
 ) -> Path:
     """Save `model` with its own `save_pretrained`, and the tokenizer and report beside it, in one step.
 
     Everything is written to a sibling folder and forced to disk, then renamed.
+
+    Args:
+        model: pruned or not.
+        folder: to write; missing parents are made.
+        tokenizer: saved beside it.
+        report: saved beside it.
+        overwrite: replace a model that is there.
+        max_shard_size: of one weight file.
+        remote_code: also write `modeling_eigenprune.py`, by which readers without this package can load a pruned model
+            with `trust_remote_code=True`.
 
     Returns:
         The folder.
@@ -40,6 +55,8 @@ def save_model(
     Raises:
         CheckpointError: the folder is there already and `overwrite` is not set, a factor has the wrong shape or type
             or is not finite, or the disk refuses (full, read-only). What was there before stays.
+
+    A process that is killed in between leaves its unfinished folder (`.NAME.*.saving`) to the next save there.
     """
     folder = Path(folder)
     if folder.exists() and not overwrite:
@@ -47,23 +64,22 @@ def save_model(
     if folder.exists() and not (folder.is_dir() and _looks_like_model(folder)):
         raise CheckpointError(f"{folder} holds something other than a model; it is not overwritten")
     check_factors(model)
-    staged = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".saving", dir=folder.parent))
-        model.save_pretrained(staged, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
-        if report is not None:
-            (staged / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-        _follow_umask(staged)
-        _force_to_disk(staged)
-        put_in_place(staged, folder)
+        with staged_beside(folder) as staged:
+            _check_space(model, folder)
+            model.save_pretrained(staged, max_shard_size=max_shard_size)
+            if tokenizer is not None:
+                _save_tokenizer(tokenizer, staged)
+            if report is not None:
+                (staged / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            if remote_code:
+                write_modeling(staged, automatic_class(type(model).__name__)[0])
+            _follow_umask(staged)
+            _force_to_disk(staged)
+            put_in_place(staged, folder)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk with an error of its own
         raise CheckpointError(f"{folder} cannot be written: {error}; nothing was changed") from error
-    finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
     return folder
 
 
@@ -86,6 +102,25 @@ def check_factors(model: nn.Module) -> None:
                 )
             if weight.device.type != "meta" and not torch.isfinite(weight).all():
                 raise CheckpointError(f"{name}.{part} holds NaN or infinity; it is not saved")
+
+
+def _save_tokenizer(tokenizer: Any, staged: Path) -> None:
+    """Save it, with an OSError for the bare Exception by which tokenizers reports a full disk."""
+    try:
+        tokenizer.save_pretrained(staged)
+    except Exception as error:
+        if type(error) is Exception:
+            raise OSError(str(error)) from error
+        raise
+
+
+def _check_space(model: nn.Module, folder: Path) -> None:
+    """Refuse before writing gigabytes that do not fit; the old folder goes only after the new one is there."""
+    tensors = chain(model.parameters(), model.buffers())
+    needed = int(SPACE * sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise CheckpointError(f"{folder} needs {needed:,} bytes, and its disk has {free:,} free; nothing was changed")
 
 
 def _looks_like_model(folder: Path) -> bool:

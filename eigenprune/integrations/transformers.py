@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from eigenprune.config import QUANT_METHOD, EigenpruneConfig
 from eigenprune.errors import CheckpointError
-from eigenprune.hub.checkpoint import check_factor_files
+from eigenprune.hub.checkpoint import check_factor_files, check_places
 from eigenprune.layers import (
     LowRankLinear,
     dense_weight,
@@ -41,6 +41,8 @@ class EigenpruneHfQuantizer(HfQuantizer):
             layers[saved_name] = empty_factored_layer(model.get_submodule(name), saved_name, layout, rank)
             replace_module_(model, name, layers[saved_name])
         if checkpoint_files is not None:
+            config: Any = model.config
+            check_places(checkpoint_files, config.name_or_path)
             unnamed = check_factor_files(checkpoint_files, layers) - self.quantization_config.modules.keys()
             _refuse_unnamed(model, unnamed)
         if self.quantization_config.modules:

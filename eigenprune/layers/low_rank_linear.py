@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from eigenprune.errors import ConfigError
-from eigenprune.ops import low_rank_linear, pivot_linear
+from eigenprune.ops import has_autocast, low_rank_linear, pivot_linear
 
 Layout = Literal["pair", "pivot"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
@@ -146,12 +146,7 @@ class LowRankLinear(nn.Module):
         # The dictionaries, not self.right and so on: nn.Module looks attributes up in Python, a microsecond each.
         right, left = self._modules["right"], self._modules["left"]
         right_weight, left_weight = plain_weight(right, x), plain_weight(left, x)
-        if (
-            right_weight is not None
-            and left_weight is not None
-            and not has_global_hook()
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
+        if right_weight is not None and left_weight is not None and not has_global_hook() and not has_autocast(x):
             bias = self._parameters["bias"]
             if self.layout == "pair":
                 return low_rank_linear(x, right_weight, left_weight, bias)

@@ -5,6 +5,7 @@ Importing this package always leaves `torch.ops.eigenprune.*` defined: by the co
 be loaded, by the pure-torch references otherwise. `extension_status()` says which, and why.
 """
 
+from eigenprune.ops._autocast import has_autocast
 from eigenprune.ops._library import ExtensionStatus, extension_status
 from eigenprune.ops.low_rank_linear import low_rank_linear, low_rank_linear_reference
 from eigenprune.ops.pivot_linear import pivot_linear, pivot_linear_reference
@@ -12,6 +13,7 @@ from eigenprune.ops.pivot_linear import pivot_linear, pivot_linear_reference
 __all__ = [
     "ExtensionStatus",
     "extension_status",
+    "has_autocast",
     "low_rank_linear",
     "low_rank_linear_reference",
     "pivot_linear",

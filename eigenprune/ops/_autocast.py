@@ -14,6 +14,12 @@ from eigenprune.ops._library import implement
 _AUTOCAST_KEYS = (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"))
 
 
+def has_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; torch's own question raises for the meta device."""
+    device_type = x.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def register_autocast(name: str, operator: Callable[..., Tensor]) -> None:
     """Make `operator` cast its floating point inputs under autocast, by the rule of torch's own linear.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eigenprune.ops._autocast import cast_arguments, register_autocast
+from eigenprune.ops._autocast import cast_arguments, has_autocast, register_autocast
 from eigenprune.ops._checks import check_factors
 from eigenprune.ops._gradients import sum_to_bias, weight_gradient
 from eigenprune.ops._library import define_operator
@@ -38,7 +38,7 @@ def low_rank_linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None 
         RuntimeError: shapes that do not fit, mixed dtypes or devices; the text names the operator and both
             shapes.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if has_autocast(x):
         x, right, left, bias = cast_arguments((x, right, left, bias), x.device.type)
     if needs_derivative(x, right, left, bias):
         return _composed(x, right, left, bias)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eigenprune.ops._autocast import cast_arguments, register_autocast
+from eigenprune.ops._autocast import cast_arguments, has_autocast, register_autocast
 from eigenprune.ops._checks import check_factors, check_pivot_shape, check_pivot_values
 from eigenprune.ops._gradients import sum_to_bias, weight_gradient
 from eigenprune.ops._library import define_operator
@@ -48,7 +48,7 @@ def pivot_linear(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: T
 
     Source: PIFA, arXiv 2501.19090.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if has_autocast(x):
         x, right, left, bias = cast_arguments((x, right, left, bias), x.device.type)
     if needs_derivative(x, right, left, bias):
         # torch's own gradients run in C++, those of the operator in Python.

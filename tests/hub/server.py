@@ -2,6 +2,7 @@
 """A Hub on loopback, in memory: as many of its calls as pushing and loading models take, and faults on demand."""
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -26,7 +27,7 @@ class Blob:
     content: bytes
     lfs: bool
 
-    @property
+    @functools.cached_property  # the demo pushes half a gigabyte
     def oid(self) -> str:
         """As the Hub tells it: SHA-256 of a large file, git's own hash of another."""
         if self.lfs:

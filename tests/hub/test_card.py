@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card: what it says is true, and nothing that a file says can change its form (rows G15)."""
+"""The model card: what it says is true, and nothing that a file says can change its form (row G15)."""
 
 import getpass
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
@@ -20,7 +20,9 @@ from eigenprune import PruneReport
 from eigenprune.cli.main import app
 from eigenprune.errors import CheckpointError, HubError
 from eigenprune.hub import build_card, hash_weights, write_card
+from eigenprune.hub.eval_results import eval_result_files
 from eigenprune.hub.facts import FactoredLayer, read_facts
+from eigenprune.hub.measured import read_measured
 from eigenprune.hub.picture import rank_picture
 from tests.hub.shared import BASE, pruned_folder
 
@@ -220,6 +222,36 @@ def test_results_of_eval_come_into_table_and_front_matter(
     (result,) = front_matter(card)["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "perplexity", "value": round(pruned["perplexity"], 4)}]
     assert "not measured |" in build_card(made[0], REPO, results=[results["pruned"]])
+
+
+def test_result_on_a_data_set_of_the_hub_becomes_a_file_as_its_library_writes_it(
+    made: tuple[Path, PruneReport], results: dict[str, Path], tmp_path: Path
+) -> None:
+    facts = read_facts(made[0])
+    assert eval_result_files(read_measured(results.values(), facts)) == {}  # of any other text there is none
+    named = tmp_path / "named.json"
+    result = json.loads(results["pruned"].read_text())
+    named.write_text(json.dumps(result | {"dataset": "Salesforce/wikitext", "task_id": "yes"}))
+    ((path, content),) = eval_result_files(read_measured([named], facts)).items()
+    assert path == ".eval_results/eigenprune-Salesforce_wikitext-yes.yaml"
+    notes = f"perplexity, {result['tokens']} tokens predicted in windows of 32"
+    entry = EvalResultEntry("Salesforce/wikitext", "yes", round(result["perplexity"], 4), notes=notes)
+    assert yaml.safe_load(content) == eval_result_entries_to_yaml([entry])
+    for change in ({"dataset": "wikitext"}, {"dataset": "a/b/../c"}, {"task_id": "x\ny"}, {"task_id": None}):
+        named.write_text(json.dumps(result | {"dataset": "me/texts", "task_id": "all"} | change))
+        with pytest.raises(CheckpointError, match="is no"):
+            read_measured([named], facts)
+
+
+def test_eval_notes_the_data_set_and_refuses_half_a_name(made: tuple[Path, PruneReport]) -> None:
+    texts = ["--texts", str(made[0].parent / "cal.txt"), "--window", "32", "--windows", "2", "--json", "--quiet"]
+    done = CliRunner().invoke(app, ["eval", str(made[0]), *texts, "--dataset", "me/texts", "--task-id", "all"])
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert (found["dataset"], found["task_id"]) == ("me/texts", "all")
+    for half in (["--dataset", "me/texts"], ["--task-id", "all"], ["--dataset", "texts", "--task-id", "all"]):
+        done = CliRunner().invoke(app, ["eval", str(made[0]), *texts, *half])
+        assert done.exit_code == 1
+        assert "is no" in done.output
 
 
 @pytest.mark.parametrize(

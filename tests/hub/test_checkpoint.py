@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint that lies or is damaged is refused with an error that names what is wrong; random weights never run."""
+"""A checkpoint that lies or is damaged is refused, and what is wrong is named; random weights never run (row G6)."""
 
 import json
 import shutil
@@ -104,6 +104,11 @@ CONFIG_LIES: dict[str, tuple[type[EigenpruneError], str, Callable[[dict[str, Any
     "no modules": (CheckpointError, "factor", lambda c: c.pop("modules")),
     "newer version": (ConfigError, "pip install", lambda c: c.update(format_version=99)),
     "unknown field": (ConfigError, "field", lambda c: c.update(backdoor=True)),
+    "version in words": (ConfigError, "format_version", lambda c: c.update(format_version="one")),
+    "layer name empty": (ConfigError, "name", lambda c: c["modules"].update({"": ["pair", 8]})),
+    "rank infinite": (ConfigError, "rank", lambda c: c["modules"].update({LAYER: ["pivot", float("inf")]})),
+    "rank true": (ConfigError, "rank", lambda c: c["modules"].update({LAYER: ["pivot", True]})),
+    "keep above one": (ConfigError, "keep", lambda c: c.update(keep=1.5)),
     "path for a name": (ConfigError, "name", lambda c: c["modules"].update({"../../x": ["pair", 8]})),
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers are chosen, and the reason given for every other."""
+"""Which layers are chosen, and the reason given for every other (row G22)."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of prune-on-load: at most the dense model, 4 times its largest matrix, and the statistics."""
+"""Peak memory of prune-on-load: at most the dense model, 4 times its largest matrix, and the statistics (row G40)."""
 
 import json
 import subprocess
