@@ -235,3 +235,4 @@ def test_a_bfloat16_copy_writes_what_the_model_in_bfloat16_writes(monkeypatch: p
     for parameter in half.parameters():
         parameter.data = parameter.data.bfloat16()
     assert torch.equal(copied, sample(half, eight))
+    assert half.config._attn_implementation == model.config._attn_implementation == "sdpa"
