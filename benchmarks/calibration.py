@@ -3,8 +3,8 @@
 
 Protocol of `quality.py` (default method; evaluation on 24 windows of 1024 tokens of the raw WikiText-2 test text,
 float32), with calibration on the first n windows of each source: text that the model writes itself (one sample of 64
-windows), WikiText-2 train, `wiki_passages`, and the text that ships with Python. Keep 0.8 for the curve, and 0.9 and
-0.6 besides for the default, 40 sampled windows.
+windows, and one of 40, the default), WikiText-2 train, `wiki_passages`, and the text that ships with Python. Keep 0.8
+for the curve, and 0.9 and 0.6 besides for the default, 40 sampled windows.
 
 Rows go to a JSONL file as they are measured; rows that are there already are not measured again.
 
