@@ -103,21 +103,11 @@ def prune_(
     _check_weights(chosen)
 
     if method.statistics and statistics is None:
-        cache_dir = cache_dir or default_cache_dir()
+        where = cache_dir or default_cache_dir()
         with clock("texts"):
-            calibration = _calibration(model, config, tokenizer, texts, windows, cache_dir, progress)
+            calibration = _calibration(model, config, tokenizer, texts, windows, where, progress)
         with clock("statistics"):
-            statistics = collect_statistics(
-                model,
-                calibration.windows,
-                chosen,
-                kinds=method.statistics,
-                cache_dir=cache_dir,
-                seed=config.seed,
-                source=calibration.source,
-                sampling=calibration.sampling,
-                progress=progress,
-            )
+            statistics = _measured(model, config, chosen, calibration, where, progress)
     if method.statistics and statistics is not None:
         for name in [name for name in chosen if name not in statistics]:
             skipped[name] = "did not run on the calibration text"
@@ -209,6 +199,28 @@ def _calibration(
         window=config.window,
         seed=config.seed,
         cache_dir=cache_dir,
+        progress=progress,
+    )
+
+
+def _measured(
+    model: nn.Module,
+    config: EigenpruneConfig,
+    layers: Mapping[str, nn.Module],
+    calibration: Calibration,
+    cache_dir: Path,
+    progress: bool,
+) -> Statistics:
+    """The statistics that the method of `config` is made of."""
+    return collect_statistics(
+        model,
+        calibration.windows,
+        layers,
+        kinds=find_method(config.method).statistics,
+        cache_dir=cache_dir,
+        seed=config.seed,
+        source=calibration.source,
+        sampling=calibration.sampling,
         progress=progress,
     )
 
