@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def calibration_windows(
     model: nn.Module,
     *,
     texts: Iterable[Any] | None = None,
-    files: Sequence[str | Path] | None = None,
+    files: Sequence[str | PathLike[str]] | None = None,
     source: str | None = None,
     tokenizer: Any = None,
     count: int = 40,
@@ -70,7 +71,7 @@ def calibration_windows(
         enough = None if isinstance(texts, list | tuple) else LONGEST_TOKEN * count * window
         documents, name = row_texts(texts, tokenizer, characters=enough), "texts given by the caller"
     elif files is not None:
-        documents, name = read_texts(files, tokenizer), ", ".join(Path(path).name for path in files)
+        documents, name = read_texts(map(Path, files), tokenizer), ", ".join(Path(path).name for path in files)
     elif source == SAMPLED or (source is None and can_sample(model)):
         sampling = Sampling(seed=seed, windows=count, window=window, document=min(DOCUMENT, window))
         windows = sample_windows(model, tokenizer, sampling, cache_dir=cache_dir, progress=progress)
