@@ -274,7 +274,10 @@ def _batches(documents: int, most: int) -> Iterator[int]:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    """How many logits there are: some models have more than their tokenizer has tokens."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size if head is None else head.weight.shape[0])
 
 
 def _start_mark(tokenizer: Any) -> int | None:
