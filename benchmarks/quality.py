@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from environment import ROOT, environment, shared_folder
 from get_smollm2 import get_smollm2
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eigenprune.calibrate import (
@@ -130,13 +131,18 @@ class Bench:
 
     def _collected(self, calibration: str) -> Statistics:
         if calibration not in self._statistics:
-            windows = cut_windows(self.tokenizer, self._texts(calibration), count=CALIBRATION_WINDOWS, window=WINDOW)
+            windows = self.calibration_windows(calibration)
             self._statistics[calibration] = collect_statistics(
                 self.model, windows, self.layers, cache_dir=default_cache_dir(), source=calibration
             )
         return self._statistics[calibration]
 
-    def _texts(self, calibration: str) -> list[str]:
+    def calibration_windows(self, calibration: str) -> Tensor:
+        """[64, 1024] token ids of the text of that name."""
+        return cut_windows(self.tokenizer, self.texts(calibration), count=CALIBRATION_WINDOWS, window=WINDOW)
+
+    def texts(self, calibration: str) -> list[str]:
+        """The documents of that name."""
         if calibration == "wikitext2":
             return read_texts([self.shared / "data/wikitext2/train_samples.jsonl.gz"])[:CALIBRATION_WINDOWS]
         if calibration == BUILTIN:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from eigenprune.calibrate import SOURCES
 from eigenprune.errors import ConfigError
 from eigenprune.layers import LAYOUTS
 from eigenprune.spectral import ALLOCATIONS, find_method
@@ -32,11 +33,14 @@ class EigenpruneConfig(QuantizationConfigMixin):
         allocation: `global` or `uniform` ranks; None takes the method's own.
         rank_multiple: ranks are multiples of this; hardware likes 8 and more.
         skip: regular expressions; layers whose name has a match stay dense.
-        texts: calibration text files (plain, `.jsonl` with a field `text`, either `.gz`); None takes the text that
-            ships with Python, which costs quality: give text like that of the model's use. Never saved.
+        texts: calibration text files (plain, `.jsonl` with a field `text` or conversations under `messages`, either
+            `.gz`), best of the model's use; None takes `calibration`. Never saved.
+        calibration: the text where `texts` is None: `sampled`, written by the model itself, or `python-docs`, which
+            ships with Python and costs quality. None takes `sampled` for causal language models with a key-value cache,
+            and `python-docs` for all others.
         windows: how many windows of calibration text.
         window: tokens in a window.
-        seed: for methods that draw labels.
+        seed: of sampled text, and of methods that draw labels.
         modules: of a pruned model: {layer name: [layout, rank]}. Filled in when a model is saved.
         provenance: of a pruned model: how it was made. Filled in by `prune_`.
         format_version: of the saved form; a newer one than this package knows is refused.
@@ -53,6 +57,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
     rank_multiple: int = 8
     skip: Sequence[str] = ()
     texts: Sequence[str | PathLike[str]] | None = None
+    calibration: str | None = None
     windows: int = 40
     window: int = 1024
     seed: int = 0
@@ -82,6 +87,10 @@ class EigenpruneConfig(QuantizationConfigMixin):
         self.skip = _strings("skip", self.skip)
         if self.texts is not None:
             self.texts = _strings("texts", [self.texts] if isinstance(self.texts, str | PathLike) else self.texts)
+        if self.calibration is not None:
+            _one_of("calibration", self.calibration, SOURCES)
+            if self.texts is not None:
+                raise ConfigError(f"calibration={self.calibration!r} and texts are two sources: give one of them")
         _check_modules(self.modules)
         if not isinstance(self.provenance, Mapping):
             raise ConfigError(f"provenance must be a mapping, not {type(self.provenance).__name__}")

@@ -3,7 +3,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eigenprune.calibrate import (
-    BUILTIN,
+    SOURCES,
+    Calibration,
     Statistics,
-    builtin_texts,
+    calibration_windows,
     collect_statistics,
-    cut_windows,
     default_cache_dir,
-    read_texts,
 )
 from eigenprune.config import EigenpruneConfig
-from eigenprune.errors import CalibrationError, ConfigError, WeightError
+from eigenprune.errors import ConfigError, WeightError
 from eigenprune.layers import (
     LowRankLinear,
     dense_weight,
@@ -60,7 +59,7 @@ def prune_(
     config: EigenpruneConfig,
     *,
     tokenizer: Any = None,
-    texts: Sequence[str] | None = None,
+    texts: Iterable[Any] | None = None,
     windows: Tensor | None = None,
     statistics: Statistics | None = None,
     cache_dir: Path | None = None,
@@ -79,7 +78,8 @@ def prune_(
         model: a transformers model (or, with `statistics` or a data-free method, any module) in memory.
         config: what to do.
         tokenizer: for the calibration texts; None loads the one that belongs to `model.config.name_or_path`.
-        texts: calibration documents, instead of the files that `config.texts` names.
+        texts: calibration documents, instead of the files that `config.texts` names: strings, or rows with `text` or
+            `messages`, such as a `datasets.Dataset`.
         windows: [windows, window] int64 token ids, instead of texts.
         statistics: what `collect_statistics` measured on this model, instead of measuring.
         cache_dir: where statistics are kept; None takes `$EIGENPRUNE_CACHE` or the user's cache folder.
@@ -103,18 +103,11 @@ def prune_(
     _check_weights(chosen)
 
     if method.statistics and statistics is None:
-        windows, source = _windows(model, config, tokenizer, texts, windows)
+        where = cache_dir or default_cache_dir()
+        with clock("texts"):
+            calibration = _calibration(model, config, tokenizer, texts, windows, where, progress)
         with clock("statistics"):
-            statistics = collect_statistics(
-                model,
-                windows,
-                chosen,
-                kinds=method.statistics,
-                cache_dir=cache_dir or default_cache_dir(),
-                seed=config.seed,
-                source=source,
-                progress=progress,
-            )
+            statistics = _measured(model, config, chosen, calibration, where, progress)
     if method.statistics and statistics is not None:
         for name in [name for name in chosen if name not in statistics]:
             skipped[name] = "did not run on the calibration text"
@@ -183,43 +176,57 @@ def _settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names} | {"allocation": allocation, "skip": list(config.skip)}
 
 
+def _calibration(
+    model: nn.Module,
+    config: EigenpruneConfig,
+    tokenizer: Any,
+    texts: Iterable[Any] | None,
+    windows: Tensor | None,
+    cache_dir: Path,
+    progress: bool,
+) -> Calibration:
+    """Calibration windows: of the caller, or by the config."""
+    if windows is not None:
+        return Calibration(windows, "token windows given by the caller")
+    return calibration_windows(
+        model,
+        texts=texts,
+        files=config.texts,
+        source=config.calibration,
+        tokenizer=tokenizer,
+        count=config.windows,
+        window=config.window,
+        seed=config.seed,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+
+
+def _measured(
+    model: nn.Module,
+    config: EigenpruneConfig,
+    layers: Mapping[str, nn.Module],
+    calibration: Calibration,
+    cache_dir: Path,
+    progress: bool,
+) -> Statistics:
+    """The statistics that the method of `config` is made of."""
+    return collect_statistics(
+        model,
+        calibration.windows,
+        layers,
+        kinds=find_method(config.method).statistics,
+        cache_dir=cache_dir,
+        seed=config.seed,
+        source=calibration.source,
+        sampling=calibration.sampling,
+        progress=progress,
+    )
+
+
 def _require_layers(chosen: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> None:
     if not chosen:
         raise ConfigError(f"no layer to prune: {sorted(set(skipped.values())) or 'the model has no linear layer'}")
-
-
-def _windows(
-    model: nn.Module, config: EigenpruneConfig, tokenizer: Any, texts: Sequence[str] | None, windows: Tensor | None
-) -> tuple[Tensor, str]:
-    """Calibration windows, and a word on where they come from."""
-    if windows is not None:
-        return windows, "token windows given by the caller"
-    if texts is not None:
-        source = "texts given by the caller"
-    elif config.texts is not None:
-        texts = read_texts(map(Path, config.texts))
-        source = ", ".join(Path(path).name for path in config.texts)
-    else:
-        texts, source = builtin_texts(), BUILTIN
-    if tokenizer is None:
-        tokenizer = _own_tokenizer(model)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or config.window
-    return cut_windows(tokenizer, texts, count=config.windows, window=min(config.window, positions)), source
-
-
-def _own_tokenizer(model: nn.Module) -> Any:
-    from transformers import AutoTokenizer
-
-    name = getattr(getattr(model, "config", None), "name_or_path", "")
-    advice = "pass tokenizer=..., or windows=... of token ids"
-    if not name:
-        raise CalibrationError(
-            f"the model does not say where it was loaded from, so its tokenizer is unknown: {advice}"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrationError(f"no tokenizer beside the model: {advice} ({error})") from error
 
 
 def _check_weights(layers: Mapping[str, nn.Module]) -> None:
@@ -281,8 +288,14 @@ def _make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneRepor
     names = [Path(text).name for text in config.texts or ()]
     if names and report.calibration.get("source") == ", ".join(names):  # and not texts or windows of the caller
         provenance["texts"] = names
+    source = report.calibration.get("source")
     saved = replace(
-        config, texts=None, modules=modules, provenance=provenance, allocation=report.settings["allocation"]
+        config,
+        texts=None,
+        calibration=source if source in SOURCES else None,
+        modules=modules,
+        provenance=provenance,
+        allocation=report.settings["allocation"],
     )
     quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)
     quantizer.postprocess_model(model)

@@ -3,18 +3,28 @@
 
 from eigenprune.calibrate.cache import default_cache_dir
 from eigenprune.calibrate.collect import collect_statistics
+from eigenprune.calibrate.sampled import SAMPLED, Sampling, can_sample, sample_windows
+from eigenprune.calibrate.source import SOURCES, Calibration, calibration_windows
 from eigenprune.calibrate.statistics import Statistics
-from eigenprune.calibrate.texts import BUILTIN, builtin_texts, read_texts
+from eigenprune.calibrate.texts import BUILTIN, builtin_texts, read_texts, row_texts
 from eigenprune.calibrate.windows import SEPARATOR, cut_windows, token_ids
 
 __all__ = [
     "BUILTIN",
+    "SAMPLED",
     "SEPARATOR",
+    "SOURCES",
+    "Calibration",
+    "Sampling",
     "Statistics",
     "builtin_texts",
+    "calibration_windows",
+    "can_sample",
     "collect_statistics",
     "cut_windows",
     "default_cache_dir",
     "read_texts",
+    "row_texts",
+    "sample_windows",
     "token_ids",
 ]

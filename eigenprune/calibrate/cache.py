@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics on disk: what names them, and how a killed run goes on."""
+"""Statistics and sampled texts on disk: what names them, and how a killed run goes on."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def windows_hash(windows: Tensor) -> str:
 
 
 def cache_key(model: nn.Module, texts: str, settings: Sequence[str]) -> str:
-    """The name of the folder for the statistics of `model` on the texts of that hash."""
+    """The name for what was measured with `model` on the texts of that hash, or written by it, under `settings`."""
     key = [CACHE_VERSION, model_fingerprint(model), _architecture(model), texts, *settings]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
@@ -114,6 +114,34 @@ class PassFile:
         """Save the means and drop the half-finished sums."""
         _save(means, self.finished, None)
         self.partial.unlink(missing_ok=True)
+
+
+class SampleFile:
+    """The documents that a model has written so far, in whole batches: `sampled-KEY.safetensors`."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._path = folder / f"sampled-{key}.safetensors"
+
+    def resume(self, batches: Sequence[int], document: int) -> list[Tensor]:
+        """The finished ones of the `batches` (documents in each), [documents, document] int64; an unusable file is
+        dropped."""
+        try:
+            tokens = load_file(self._path)["tokens"]
+        except FileNotFoundError:
+            return []
+        except (SafetensorError, KeyError):
+            self._path.unlink()
+            return []
+        finished = [sum(batches[: number + 1]) for number in range(len(batches))]
+        if tokens.ndim != 2 or tokens.shape[1] != document or tokens.shape[0] not in finished:
+            self._path.unlink()
+            return []
+        return list(tokens.long().split(list(batches[: finished.index(tokens.shape[0]) + 1])))
+
+    def save(self, done: Sequence[Tensor]) -> None:
+        """Save all finished batches."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _save({"tokens": torch.cat(list(done)).int()}, self._path, None)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:

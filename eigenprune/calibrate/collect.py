@@ -42,6 +42,7 @@ def collect_statistics(
     memory_bytes: int = 8 << 30,
     seed: int = 0,
     source: str = "",
+    sampling: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Statistics:
     """Statistics of `layers` over token `windows`, summed in float32 while they stream by.
@@ -63,6 +64,7 @@ def collect_statistics(
         memory_bytes: bound on the sums held at once, in bytes.
         seed: of the labels drawn for models without text labels.
         source: a word on where the texts come from, for the report.
+        sampling: how they were sampled, if they were, for the report.
         progress: show a bar on standard error.
 
     Raises:
@@ -84,6 +86,7 @@ def collect_statistics(
             compute_dtype=str(autocast_dtype or _dtype(model)).removeprefix("torch."),
             texts_hash=windows_hash(windows),
             source=source,
+            sampling=dict(sampling or {}),
         )
         if cache_dir is None:
             plans = [Plan(tuple(dict.fromkeys(groups.values())), tuple(outputs))]

@@ -17,7 +17,8 @@ from eigenprune.errors import CalibrationError
 class Facts:
     """Where statistics come from, so that a report can say it.
 
-    `tokens` were read by every layer; the gradients of `output_tokens` of them entered the output Grams.
+    `tokens` were read by every layer; the gradients of `output_tokens` of them entered the output Grams. `sampling`
+    says how the text was sampled from the model, and is empty for other texts.
     """
 
     tokens: int
@@ -28,6 +29,7 @@ class Facts:
     compute_dtype: str
     texts_hash: str
     source: str = ""
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""

@@ -16,12 +16,13 @@ def check_rebuild(folder: Path, base: str | None, texts: Sequence[Path], *, quie
     Args:
         folder: the pruned model.
         base: folder or id of its base; None takes the id and revision that it names.
-        texts: its calibration files, in its order; none for the text that ships with Python.
+        texts: its calibration files, in its order; none where there were none.
         quiet: no progress.
 
     Raises:
         CheckpointError: it does not say how it was made, or the base or the texts are missing, or are others.
     """
+    from eigenprune.calibrate import SAMPLED
     from eigenprune.cli.loading import load_model, load_tokenizer
     from eigenprune.hub import rebuild_command, save_model
     from eigenprune.hub.facts import read_facts
@@ -38,11 +39,19 @@ def check_rebuild(folder: Path, base: str | None, texts: Sequence[Path], *, quie
         raise CheckpointError(f"give its calibration files with --texts, in this order: {text_names(facts) or 'none'}")
     revision = None if base else base_revision(facts) or None
     dense = load_model(name, DTYPES.get(facts.dtype, "auto"), revision=revision, quiet=quiet)
-    config = replace(facts.config, texts=[str(path) for path in texts] or None, modules={}, provenance={})
+    source = calibration_facts(facts).get("source") if not texts else None
+    config = replace(
+        facts.config, texts=[str(path) for path in texts] or None, calibration=source, modules={}, provenance={}
+    )
     tokenizer = load_tokenizer(name, revision=revision) if calibration_facts(facts) else None
     report = prune_(dense, config, tokenizer=tokenizer, progress=not quiet)
     if report.calibration.get("texts_hash") != calibration_facts(facts).get("texts_hash"):
-        raise CheckpointError("the calibration texts, or the tokenizer, are not those that it was made with")
+        raise CheckpointError(
+            "the calibration texts, or the tokenizer, are not those that it was made with"
+            if source != SAMPLED
+            else "the base writes another calibration text here than where it was made: other versions, processor or "
+            "number of threads round otherwise"
+        )
     with tempfile.TemporaryDirectory(prefix="eigenprune-check-") as scratch:
         rebuilt = save_model(dense, Path(scratch) / "rebuilt")
         differing = differing_tensors(folder, rebuilt)

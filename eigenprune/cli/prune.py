@@ -23,7 +23,11 @@ def prune(
     allocation: Annotated[str | None, typer.Option(help="Ranks: global or uniform; default: the method's own.")] = None,
     texts: Annotated[
         list[Path] | None,
-        typer.Option(help="Calibration text (plain, .jsonl with a field 'text', .gz); repeat for more files."),
+        typer.Option(help="Calibration text (plain, .jsonl with 'text' or 'messages', .gz); repeat for more files."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Without --texts: sampled (by the model; the default where it can) or python-docs."),
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 40,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
@@ -31,7 +35,7 @@ def prune(
     skip: Annotated[
         list[str] | None, typer.Option(help="Regular expression of layers to leave dense; repeatable.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="For methods that draw labels.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of sampled text, and of methods that draw labels.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     remote_code: Annotated[
@@ -65,6 +69,7 @@ def prune(
         rank_multiple=rank_multiple,
         skip=tuple(skip or ()),
         texts=None if texts is None else [str(path) for path in texts],
+        calibration=calibration,
         windows=windows,
         window=window,
         seed=seed,
@@ -74,7 +79,7 @@ def prune(
     dense = load_model(model, dtype, revision=revision, quiet=quiet)
     tokenizer = load_tokenizer(model, revision=revision) if config_needs_text(config) else None
     if config.texts is None and config_needs_text(config) and not quiet:
-        errors.print("calibrating on the text that ships with Python; --texts FILE of the model's own domain is better")
+        errors.print("calibrating without texts of your own; --texts FILE like those of the model's use is better")
     report = prune_(dense, config, tokenizer=tokenizer, progress=not quiet)
     save_model(dense, out, tokenizer=tokenizer, report=report, overwrite=overwrite, remote_code=remote_code)
     result = report.to_dict() | {"out": str(out), "file_bytes": folder_bytes(out)}

@@ -211,7 +211,15 @@ def _calibration(calibration: dict[str, Any]) -> str:
         return "none, data-free"
     windows, window = (plain(calibration.get(name)) for name in ("windows", "window"))
     size = f"{windows} windows of {window} tokens" if windows.isdecimal() and window.isdecimal() else "of unknown size"
-    return f"{code(calibration.get('source'))}, {size}"
+    return f"{code(calibration.get('source'))}, {size}{_sampling(calibration.get('sampling'))}"
+
+
+def _sampling(sampling: object) -> str:
+    """How sampled text was sampled; nothing where the value is not what it should be."""
+    numbers = [sampling.get(name) for name in ("temperature", "document")] if isinstance(sampling, dict) else []
+    if len(numbers) != 2 or not all(type(number) in (int, float) for number in numbers):
+        return ""
+    return f", written by the base itself: temperature {numbers[0]:g}, documents of {numbers[1]:g} tokens"
 
 
 def _versions(versions: object) -> str:

@@ -4,7 +4,7 @@
 import re
 from typing import Any
 
-from eigenprune.calibrate import BUILTIN
+from eigenprune.calibrate import SOURCES
 from eigenprune.hub.escape import shell_word
 from eigenprune.hub.facts import CheckpointFacts
 from eigenprune.hub.names import HUB_ID
@@ -17,7 +17,7 @@ def rebuild_command(facts: CheckpointFacts, base: str) -> str:
     """The `eigenprune prune` command, one group of options a line; empty where none can rebuild it."""
     config = facts.config
     calibration, texts = calibration_facts(facts), text_names(facts)
-    if not base or (calibration and not texts and calibration.get("source") != BUILTIN):
+    if not base or (calibration and not texts and calibration.get("source") not in SOURCES):
         return ""  # texts or windows that a Python program made
     lines = [f"eigenprune prune {shell_word(base)}"]
     if base_revision(facts):
@@ -28,6 +28,8 @@ def rebuild_command(facts: CheckpointFacts, base: str) -> str:
         f"--method {config.method} --layout {config.layout}{allocation} --rank-multiple {config.rank_multiple}"
     )
     lines += [f"--texts {shell_word(text)}" for text in texts]
+    if calibration and not texts:
+        lines.append(f"--calibration {calibration['source']}")
     if calibration:
         lines.append(f"--windows {config.windows} --window {config.window}")
     lines += [f"--skip {shell_word(pattern)}" for pattern in config.skip]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of pruned SmolLM2-135M-Instruct against the source and the number of its calibration windows.
+
+Protocol of `quality.py` (default method; evaluation on 24 windows of 1024 tokens of the raw WikiText-2 test text,
+float32), with calibration on the first n windows of each source: text that the model writes itself (one sample of 64
+windows, and one of 40, the default), WikiText-2 train, `wiki_passages`, and the text that ships with Python. Keep 0.8
+for the curve, and 0.9 and 0.6 besides for the default, 40 sampled windows.
+
+Rows go to a JSONL file as they are measured; rows that are there already are not measured again.
+
+    python benchmarks/calibration.py                             # all rows, about two hours on 2 cores
+    python benchmarks/calibration.py --sources sampled --windows 40 --keep 0.9 0.8 0.6
+    python benchmarks/calibration.py --table                     # print the rows kept so far as a Markdown table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from environment import ROOT, environment, shared_folder
+from get_smollm2 import get_smollm2
+from quality import WINDOW, Bench, Row, kept_rows
+from torch import Tensor
+
+from eigenprune.calibrate import BUILTIN, SAMPLED, Sampling, cut_windows, default_cache_dir, sample_windows
+
+SOURCES = (SAMPLED, "wikitext2", "wiki_passages", BUILTIN)
+WINDOWS = (8, 16, 32, 64)
+DEFAULT_WINDOWS = 40
+RESULTS = ROOT / "benchmarks" / "results" / "calibration.jsonl"
+KEY = ("source", "calibration_windows", "keep")
+
+
+class CurveBench(Bench):
+    """`quality.Bench` whose calibrations are named `source@windows`."""
+
+    seconds: float = 0.0  # of the last sampling; about none where the cache had it
+
+    def calibration_windows(self, calibration: str) -> Tensor:
+        """[n, 1024] token ids of `source@n`."""
+        source, _, count = calibration.partition("@")
+        if source != SAMPLED:
+            return cut_windows(self.tokenizer, self.texts(source), count=int(count), window=WINDOW)
+        began = time.perf_counter()
+        most = DEFAULT_WINDOWS if int(count) <= DEFAULT_WINDOWS else max(WINDOWS)
+        sampling = Sampling(windows=most, window=WINDOW)
+        windows = sample_windows(self.model, self.tokenizer, sampling, cache_dir=default_cache_dir())
+        self.seconds = time.perf_counter() - began
+        return windows[: int(count)]
+
+
+def wanted_rows() -> list[tuple[str, int, float]]:
+    """(source, windows, keep), the default first."""
+    rows = [(SAMPLED, DEFAULT_WINDOWS, keep) for keep in (0.8, 0.9, 0.6)]
+    return rows + [(source, count, 0.8) for source in SOURCES for count in WINDOWS]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: multiples of the dense perplexity by source and windows, at each keep."""
+    dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
+    lines = [f"Dense perplexity {dense:.3f}. Multiples of it:", "", "| source | windows | keep | multiple |"]
+    lines.append("| --- | --- | --- | --- |")
+    for row in rows:
+        if row["method"] != "dense":
+            cells = (row["source"], row["calibration_windows"], f"{row['keep']:g}", f"{row['perplexity'] / dense:.3f}")
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure the rows that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", nargs="*", default=list(SOURCES))
+    parser.add_argument("--windows", nargs="*", type=int, default=[*WINDOWS, DEFAULT_WINDOWS])
+    parser.add_argument("--keep", nargs="*", type=float, default=[0.9, 0.8, 0.6])
+    parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
+    options = parser.parse_args()
+    rows = kept_rows(options.out)
+    if options.table:
+        print(table(rows))
+        return
+    shared = shared_folder()
+    if shared is None:
+        sys.exit("calibration.py needs the texts of the shared folder: set EIGENPRUNE_SHARED")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    bench = CurveBench(get_smollm2(options.models), shared)
+    done = {tuple(row.get(key) for key in KEY) for row in rows}
+    with options.out.open("a", encoding="utf-8") as out:
+
+        def keep_row(row: dict[str, Any]) -> None:
+            out.write(json.dumps(row | environment()) + "\n")
+            out.flush()
+            rows.append(row)
+
+        for source, count, keep in wanted_rows():
+            wanted = source in options.sources and count in options.windows and keep in options.keep
+            if not wanted or (source, count, keep) in done:
+                continue
+            row = Row(f"{source}@{count}", "kfac", "pivot", "global", keep)
+            found = bench.measure(row) | {"calibration": source, "source": source, "calibration_windows": count}
+            keep_row(found | {"sampling_seconds": bench.seconds if source == SAMPLED else None})
+            print(f"{replace(row, calibration=source)} {count}: {rows[-1]['perplexity']:.3f}", file=sys.stderr)
+        if not any(row["method"] == "dense" for row in rows):
+            keep_row(bench.dense())
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
