@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def needs_derivative(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def call_without_autograd(operator: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
+def call_without_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
     """Call an operator whose result needs no derivative, past its autograd kernel; traceable."""
     # A traced graph wants the plain call; inference mode has no autograd kernel to spare.
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
