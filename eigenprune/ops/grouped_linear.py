@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ def _autograd(
 
 
 define_operator("grouped_linear", _fallback)
-_operator: Callable[..., Any] = torch.ops.eigenprune.grouped_linear.default
+_operator: Any = torch.ops.eigenprune.grouped_linear.default
 register_autocast("grouped_linear", _operator)
 torch.library.register_fake(_OP, _fake)
 implement("grouped_linear", _autograd, "Autograd", with_keyset=True)
