@@ -12,7 +12,7 @@ INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/d
 # Without isolation the extension is compiled against the torch that is in .venv, and nothing else is fetched for it.
 INSTALL := $(PIP) --no-build-isolation -e
 
-.PHONY: help demo test test-fast lint types format clean
+.PHONY: help demo test test-fast sanitize lint types format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -27,6 +27,9 @@ test: lint types ## lint, types, then all tests
 
 test-fast: $(VENV)/.test ## tests that take less than about ten seconds each; stops at the first failure
 	$(BIN)/python -m pytest -x -q -m "not slow" $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.test ## tests of the CPU operators, compiled with address and undefined-behaviour checks
+	PYTHON=$(BIN)/python .ci/sanitize $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## ruff: rules and format
 	$(BIN)/ruff check .
