@@ -13,7 +13,7 @@ INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/d
 # Without isolation the extension is compiled against the torch that is in .venv, and nothing else is fetched for it.
 INSTALL := $(PIP) --no-build-isolation -e
 
-.PHONY: help demo test test-fast test-slow mutants lint types format clean
+.PHONY: help demo test test-fast test-slow mutants sanitize lint types format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -34,6 +34,9 @@ test-slow: $(VENV)/.test ## the tests with random examples, with twenty times as
 
 mutants: $(VENV)/.test ## put faults into a copy of the package, and see the tests find them
 	$(BIN)/python -m tests.mutation.run $(MUTANTS)
+
+sanitize: $(VENV)/.test ## tests of the CPU operators, compiled with address and undefined-behaviour checks
+	PYTHON=$(BIN)/python .ci/sanitize $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -39,7 +39,10 @@ CPU_SOURCES = [
     "csrc/cpu/dot_avx512_bf16.cpp",
     "csrc/cpu/dot_products.cpp",
     "csrc/cpu/factored_linear.cpp",
+    "csrc/cpu/grouped_linear.cpp",
     "csrc/cpu/level.cpp",
+    "csrc/cpu/linear_layers.cpp",
+    "csrc/cpu/linear_path.cpp",
     "csrc/cpu/low_rank_linear.cpp",
     "csrc/cpu/merge.cpp",
     "csrc/cpu/pivot_linear.cpp",
@@ -47,12 +50,16 @@ CPU_SOURCES = [
 CUDA_HOST_SOURCES = ["csrc/cuda/low_rank_linear.cpp", "csrc/cuda/pivot_linear.cpp"]
 CUDA_KERNEL_SOURCES = ["csrc/cuda/decode_linear.cu", "csrc/cuda/pivot_linear.cu"]
 HEADERS = ["csrc/checks.h", "csrc/products.h"]
-CPU_HEADERS = ("dot_products", "dot_tile", "factored_linear", "level", "merge", "panel_tile", "target")
+CPU_HEADERS = ("dot_products", "dot_tile", "factored_linear", "level")
+CPU_HEADERS += ("linear_layers", "linear_path", "merge", "panel_tile", "target")
 HEADERS += [f"csrc/cpu/{name}.h" for name in CPU_HEADERS]
 CUDA_HEADERS = [f"csrc/cuda/{name}.h" for name in ("decode_linear", "decode_route", "dtypes", "host", "pivot_linear")]
 CUDA_HEADERS += [f"csrc/cuda/{name}.cuh" for name in ("decode_tiles", "elements", "launch", "pivot_rows")]
 # -g0 undoes -g in Python's own flags (megabytes); no fast math and no -march: one binary for every machine.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall"]
+# Less optimisation, for reports one can read; and checks of addresses by calls. Without the last, a file of kernels
+# with 512-bit registers takes more than 20 s of compiling, with it 4 (GCC 12).
+SANITIZE_FLAGS = ["-fno-omit-frame-pointer", "-O1", "--param=asan-instrumentation-with-call-threshold=0"]
 
 
 def read_build_choice() -> str:
@@ -113,7 +120,7 @@ def operators_extension(sanitizers: list[str], use_cuda: bool, nvcc: str | None)
     from torch.utils.cpp_extension import CppExtension
 
     here = Path(__file__).resolve().parent
-    flags = [f"-fsanitize={','.join(sanitizers)}", "-fno-omit-frame-pointer"] if sanitizers else []
+    flags = [f"-fsanitize={','.join(sanitizers)}", *SANITIZE_FLAGS] if sanitizers else []
     options: dict[str, Any] = {
         "sources": CPU_SOURCES + (CUDA_HOST_SOURCES if use_cuda else []),
         "depends": HEADERS + (CUDA_KERNEL_SOURCES + CUDA_HEADERS if use_cuda else []),
@@ -142,8 +149,8 @@ def facts_extension(torch_version: str, sanitizers: list[str], architectures: li
     }
     return Extension(
         "eigenprune.ops._build_info",
-        sources=["csrc/module.cpp", "csrc/cpu/level.cpp"],
-        depends=["csrc/cpu/level.h"],
+        sources=["csrc/module.cpp", "csrc/cpu/level.cpp", "csrc/cpu/linear_path.cpp"],
+        depends=["csrc/cpu/level.h", "csrc/cpu/linear_path.h"],
         include_dirs=[pybind11.get_include()],
         define_macros=[(name, f'"{value}"') for name, value in facts.items()],
         extra_compile_args=CXX_FLAGS,

@@ -16,12 +16,21 @@ namespace eigenprune {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// What a message is about: an operator, or one layer of a call that has several.
+struct Where {
+  const char* op;
+  int64_t layer;  // -1: the operator has but one
+
+  Where(const char* op, int64_t layer = -1) : op(op), layer(layer) {}  // not explicit: a name alone will do
+};
+
 // Throws "<op>: <message>". Not STD_TORCH_CHECK, which puts the path of this file on the build machine in the text.
 template <typename... Parts>
-inline void check(bool holds, const char* op, const Parts&... parts) {
+inline void check(bool holds, const Where& where, const Parts&... parts) {
   if (holds) return;
   std::ostringstream text;
-  text << op << ": ";
+  text << where.op << ": ";
+  if (where.layer >= 0) text << "layer " << where.layer << ": ";
   ((text << parts), ...);
   throw std::runtime_error(text.str());
 }
@@ -55,7 +64,7 @@ inline bool is_supported(ScalarType dtype) {
       dtype == ScalarType::BFloat16;
 }
 
-inline void check_same_kind(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+inline void check_same_kind(const Where& op, const char* name, const Tensor& tensor, const Tensor& x) {
   // The texts are built only when a check fails: this runs once per layer and token.
   if (tensor.scalar_type() != x.scalar_type()) {
     check(false, op, name, " and x must have one dtype (", dtype_text(tensor.scalar_type()), ", ",
@@ -66,7 +75,7 @@ inline void check_same_kind(const char* op, const char* name, const Tensor& tens
 
 // x [..., in], right [rank, in], left [*, rank], bias [out_features] or none; one dtype, one device.
 inline void check_factors(
-    const char* op, const Tensor& x, const Tensor& right, const Tensor& left, const std::optional<Tensor>& bias,
+    const Where& op, const Tensor& x, const Tensor& right, const Tensor& left, const std::optional<Tensor>& bias,
     bool left_holds_all_rows) {
   if (x.dim() < 1) check(false, op, "x must have at least one dimension", pair_text("x", x, "right", right));
   if (right.dim() != 2 || left.dim() != 2) {
@@ -91,13 +100,20 @@ inline void check_factors(
 }
 
 // pivots int32 [rank] on the device of x. The values are checked where they are read.
-inline void check_pivot_shape(const char* op, const Tensor& right, const Tensor& pivots, const Tensor& x) {
+inline void check_pivot_shape(const Where& op, const Tensor& right, const Tensor& pivots, const Tensor& x) {
   if (pivots.dim() != 1 || pivots.size(0) != right.size(0)) {
     check(false, op, "pivots must be [rank]", pair_text("right", right, "pivots", pivots));
   }
   check(pivots.scalar_type() == ScalarType::Int, op, "pivots must be torch.int32, not ",
         dtype_text(pivots.scalar_type()));
   check(pivots.device() == x.device(), op, "pivots and x must be on the same device");
+}
+
+// A call with several layers has one entry for each in every list.
+inline void check_equal_lengths(const Where& op, size_t right, size_t left, size_t pivots, size_t bias) {
+  if (left == right && pivots == right && bias == right) return;
+  check(false, op, "right, left, pivots and bias must have one entry a layer (they have ", right, ", ", left, ", ",
+        pivots, " and ", bias, ")");
 }
 
 }  // namespace eigenprune

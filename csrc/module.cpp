@@ -4,7 +4,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "cpu/level.h"
+#include "cpu/linear_path.h"
 
 namespace py = pybind11;
 
@@ -41,11 +45,26 @@ py::dict cpu_features() {
   return features;
 }
 
+// The names are torch's, without "torch.".
+eigenprune::Element element_of(const std::string& dtype) {
+  if (dtype == "float32") return eigenprune::Element::kFloat32;
+  if (dtype == "bfloat16") return eigenprune::Element::kBFloat16;
+  if (dtype == "float16") return eigenprune::Element::kFloat16;
+  if (dtype == "float64") return eigenprune::Element::kOther;
+  throw std::invalid_argument("linear_path: dtype must be float32, bfloat16, float16 or float64, not " + dtype);
+}
+
+const char* path_of_linear(const std::string& dtype, int64_t rows, int64_t in, int64_t rank) {
+  return eigenprune::linear_path_name(eigenprune::linear_path(element_of(dtype), rows, in, rank));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_build_info, module) {
   module.doc() = "How the eigenprune extension was built, and what this CPU can do.";
   module.def("build_facts", &build_facts, "Facts fixed when the extension was compiled.");
   module.def("cpu_kernels", &eigenprune::cpu_level_name, "Instruction set of the CPU kernels in use.");
+  module.def("linear_path", &path_of_linear, py::arg("dtype"), py::arg("rows"), py::arg("in_features"), py::arg("rank"),
+             "What computes a factored linear on this CPU: 'dots', 'panels' or 'torch'.");
   module.def("cpu_features", &cpu_features, "Instruction sets of this CPU that matter for matrix products.");
 }

@@ -18,4 +18,8 @@ STABLE_TORCH_LIBRARY(eigenprune, library) {
   //   pivots  [rank]              int32, distinct, in [0, out), in the order of right's rows
   //   bias    [out]               dtype and device of x
   library.def("pivot_linear(Tensor x, Tensor right, Tensor left, Tensor pivots, Tensor? bias) -> Tensor");
+
+  // One y a layer, from one x. A layer with pivots is a pivot_linear, one without a low_rank_linear; every list has one
+  // entry a layer, shapes as above.
+  library.def("grouped_linear(Tensor x, Tensor[] right, Tensor[] left, Tensor?[] pivots, Tensor?[] bias) -> Tensor[]");
 }

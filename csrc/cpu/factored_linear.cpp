@@ -14,14 +14,12 @@
 #include <stdexcept>
 
 #include "dot_products.h"
-#include "level.h"
+#include "linear_path.h"
 #include "merge.h"
 
 namespace eigenprune {
 namespace {
 
-constexpr int64_t kMaxDotRows = 16;        // above, panels are quicker than dots: benchmarks/bench_linear.py
-constexpr int64_t kMaxPairRows = 128;      // above, torch's bfloat16 products are quicker than panels; its others never
 constexpr int64_t kMaxUnitRows = 132;      // a multiple of the six vectors that the kernels take side by side
 constexpr int64_t kMaxUnitColumns = 64;    // with 132 rows of float, the size of a level-1 cache
 constexpr int64_t kFewUnits = 16;          // with fewer, threads would end too far apart
@@ -269,18 +267,24 @@ class FactoredLinear {
 }  // namespace
 
 bool serves_factored_linear(ScalarType dtype, int64_t rows, int64_t in, int64_t rank) {
-  const DotKernel* kernel = dot_kernel(dtype);
-  if (kernel == nullptr) return false;
-  if (rows <= kMaxDotRows) return true;
-  if (kernel->panels == nullptr) return false;
-  if (kernel->x_dtype != ScalarType::BFloat16) return true;
-  if (has_amx_bf16()) return false;  // torch's products use it. Not measured: no such machine was at hand
-  return rows <= kMaxPairRows && in % 2 == 0 && rank % 2 == 0;  // panels of bfloat16 take two elements at a time
+  const auto element = [&] {
+    switch (dtype) {
+      case ScalarType::Float: return Element::kFloat32;
+      case ScalarType::BFloat16: return Element::kBFloat16;
+      case ScalarType::Half: return Element::kFloat16;
+      default: return Element::kOther;
+    }
+  }();
+  return linear_path(element, rows, in, rank) != LinearPath::kTorch;
 }
 
 void factored_linear(
     ScalarType dtype, const void* x, int64_t rows, int64_t in, const std::vector<FactoredLayer>& layers) {
-  const DotKernel& kernel = *dot_kernel(dtype);
+  const DotKernel* found = dot_kernel(dtype);
+  if (found == nullptr || (rows > kMaxDotRows && found->panels == nullptr)) {  // linear_path.cpp knows better
+    throw std::runtime_error("eigenprune: no kernel for this dtype and number of rows");
+  }
+  const DotKernel& kernel = *found;
   const auto run = [&]<typename T, typename X>() {
     FactoredLinear<T, X>(kernel, static_cast<const T*>(x), rows, in, layers).run();
   };

@@ -20,7 +20,7 @@ def has_autocast(x: Tensor) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def register_autocast(name: str, operator: Callable[..., Tensor]) -> None:
+def register_autocast(name: str, operator: Callable[..., Any]) -> None:
     """Make `operator` cast its floating point inputs under autocast, by the rule of torch's own linear.
 
     torch.library.register_autocast fixes one dtype at registration; a training loop chooses its own.
@@ -30,15 +30,15 @@ def register_autocast(name: str, operator: Callable[..., Tensor]) -> None:
 
 
 def cast_arguments(arguments: Sequence[Any], device_type: str) -> tuple[Any, ...]:
-    """Cast what autocast would cast for a linear; everything else, None included, is passed through."""
+    """Cast what autocast would cast for a linear, in lists too; everything else, None included, is passed through."""
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(_cast(argument, device_type, dtype) for argument in arguments)
 
 
-def _autocast_kernel(operator: Callable[..., Tensor], device_type: str, key_name: str) -> Callable[..., Tensor]:
+def _autocast_kernel(operator: Callable[..., Any], device_type: str, key_name: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
 
-    def kernel(*arguments: Any) -> Tensor:
+    def kernel(*arguments: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return operator(*cast_arguments(arguments, device_type))
 
@@ -46,6 +46,8 @@ def _autocast_kernel(operator: Callable[..., Tensor], device_type: str, key_name
 
 
 def _cast(argument: Any, device_type: str, dtype: torch.dtype) -> Any:
+    if isinstance(argument, list | tuple):
+        return [_cast(item, device_type, dtype) for item in argument]
     # torch casts every floating point tensor of the device but float64 (autocast_mode.h, is_eligible).
     eligible = (
         isinstance(argument, Tensor)

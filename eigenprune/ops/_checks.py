@@ -8,6 +8,9 @@ alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,7 @@ def _pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> s
 
 
 def check_factors(op: str, x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int) -> None:
-    """Check what both operators share: x [..., in], right [rank, in], left [*, rank], bias [out_features].
+    """Check what all linears share: x [..., in], right [rank, in], left [*, rank], bias [out_features].
 
     Raises:
         RuntimeError: naming the operator, the rule that was broken and the two shapes, dtypes or devices.
@@ -43,6 +46,17 @@ def check_factors(op: str, x: Tensor, right: Tensor, left: Tensor, bias: Tensor 
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_features):
         raise RuntimeError(f"{op}: bias must be [{out_features}] ({_pair('left', left, 'bias', bias)})")
     _check_kind(op, x, (("right", right), ("left", left), ("bias", bias)))
+
+
+def check_equal_lengths(
+    op: str, right: Sequence[Any], left: Sequence[Any], pivots: Sequence[Any], bias: Sequence[Any]
+) -> None:
+    """Check that every list of a call with several layers has one entry a layer."""
+    if not len(right) == len(left) == len(pivots) == len(bias):
+        raise RuntimeError(
+            f"{op}: right, left, pivots and bias must have one entry a layer "
+            f"(they have {len(right)}, {len(left)}, {len(pivots)} and {len(bias)})"
+        )
 
 
 def check_pivot_shape(op: str, right: Tensor, pivots: Tensor, x: Tensor) -> None:

@@ -28,6 +28,7 @@ SCHEMAS: Mapping[str, str] = MappingProxyType(
     {
         "low_rank_linear": "(Tensor x, Tensor right, Tensor left, Tensor? bias) -> Tensor",
         "pivot_linear": "(Tensor x, Tensor right, Tensor left, Tensor pivots, Tensor? bias) -> Tensor",
+        "grouped_linear": "(Tensor x, Tensor[] right, Tensor[] left, Tensor?[] pivots, Tensor?[] bias) -> Tensor[]",
     }
 )
 
@@ -55,7 +56,7 @@ def extension_status() -> ExtensionStatus:
     return _STATUS
 
 
-def define_operator(name: str, reference: Callable[..., torch.Tensor]) -> None:
+def define_operator(name: str, reference: Callable[..., Any]) -> None:
     """Give the operator `eigenprune::name` its signature, if the extension has not, and its pure-torch
     kernel.
 
@@ -67,9 +68,12 @@ def define_operator(name: str, reference: Callable[..., torch.Tensor]) -> None:
     implement(name, reference, "CompositeExplicitAutograd")
 
 
-def implement(name: str, kernel: Callable[..., torch.Tensor], dispatch_key: str) -> None:
-    """Register a Python kernel of `eigenprune::name` for one dispatch key, for the life of the process."""
-    _LIBRARY.impl(name, kernel, dispatch_key)
+def implement(name: str, kernel: Callable[..., Any], dispatch_key: str, *, with_keyset: bool = False) -> None:
+    """Register a Python kernel of `eigenprune::name` for one dispatch key, for the life of the process.
+
+    With `with_keyset` the kernel's first argument is the set of dispatch keys, for `operator.redispatch`.
+    """
+    _LIBRARY.impl(name, kernel, dispatch_key, with_keyset=with_keyset)
 
 
 def _library_file() -> Path | None:

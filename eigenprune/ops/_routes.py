@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+Result = TypeVar("Result")
 
 # torch.library uses this guard itself; should it ever go, calls are slower and nothing else changes.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
@@ -27,7 +30,7 @@ def needs_derivative(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def call_without_autograd(operator: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
+def call_without_autograd(operator: Callable[..., Result], *arguments: Any) -> Result:
     """Call an operator whose result needs no derivative, past its autograd kernel; traceable."""
     # A traced graph wants the plain call; inference mode has no autograd kernel to spare.
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():

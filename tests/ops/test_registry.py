@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import eigenprune.ops as ops
 from eigenprune.ops._library import SCHEMAS
@@ -39,7 +40,25 @@ def samples_pivot_linear(dtype: torch.dtype):
         yield x, leading, mixing, pivots_of(12, 5, ascending=bool(ascending % 2)), bias
 
 
-SAMPLES = {"low_rank_linear": samples_low_rank_linear, "pivot_linear": samples_pivot_linear}
+def samples_grouped_linear(dtype: torch.dtype):
+    for pair, pivot in zip(samples_low_rank_linear(dtype), samples_pivot_linear(dtype), strict=True):
+        x, right, left, bias = pair
+        _, rows, mix, pivots, _ = pivot
+        yield x, [right, rows], [left, mix], [None, pivots], [bias, None]
+
+
+SAMPLES = {
+    "grouped_linear": samples_grouped_linear,
+    "low_rank_linear": samples_low_rank_linear,
+    "pivot_linear": samples_pivot_linear,
+}
+
+
+def leaves_of(arguments, gradient: bool):
+    """The same arguments as leaves; the floating point ones, in lists too, ask for a gradient or do not."""
+    return tree_map_only(
+        torch.Tensor, lambda a: a.detach().clone().requires_grad_(gradient and a.is_floating_point()), arguments
+    )
 
 
 def test_every_operator_has_samples_a_wrapper_and_a_reference():
@@ -72,12 +91,13 @@ def test_compiles_into_one_graph(name, gradient, route):
 
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: function(*a), fullgraph=True, backend=count)
-    for arguments in list(SAMPLES[name](torch.float32))[:1]:
-        leaves = [a.detach().clone().requires_grad_(gradient and a.is_floating_point()) for a in arguments]
+    arguments = next(iter(SAMPLES[name](torch.float32)))
+    for _ in range(2):
+        leaves = leaves_of(arguments, gradient)
         y = compiled(*leaves)
         torch.testing.assert_close(y, function(*leaves), rtol=0, atol=0)
-        assert y.requires_grad == gradient
-    assert len(graphs) == 1, "the compiled function was not called, or fell apart"
+        assert all(output.requires_grad == gradient for output in tree_leaves(y))
+    assert len(graphs) == 1, "the compiled function was not called, fell apart, or was compiled twice"
 
 
 @pytest.mark.slow
@@ -88,16 +108,14 @@ def test_inductor_agrees(name, gradient):
     function = getattr(ops, name)
     compiled = torch.compile(function, fullgraph=True)
     arguments = next(iter(SAMPLES[name](torch.float32)))
-    left, right = (
-        [a.detach().clone().requires_grad_(gradient and a.is_floating_point()) for a in arguments] for _ in "ab"
-    )
+    left, right = leaves_of(arguments, gradient), leaves_of(arguments, gradient)
     y, expected = compiled(*left), function(*right)
     torch.testing.assert_close(y, expected)
     if gradient:
-        y.square().sum().backward()
-        expected.square().sum().backward()
-        for one, other in zip(left, right, strict=True):
-            if other.grad is not None:
+        for outputs in (y, expected):
+            sum(output.square().sum() for output in tree_leaves(outputs)).backward()
+        for one, other in zip(tree_leaves(left), tree_leaves(right), strict=True):
+            if other is not None and other.grad is not None:
                 torch.testing.assert_close(one.grad, other.grad)
 
 

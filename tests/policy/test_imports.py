@@ -23,7 +23,7 @@ ROWS = (
     ("recover", "entries", "evaluate", "report"),
     ("config",),
     ("prune", "hub"),
-    ("integrations", "cli"),
+    ("integrations", "cli", "__main__"),
 )
 HEIGHT = {part: row for row, parts in enumerate(ROWS) for part in parts}
 LIGHT = "eigenprune.integrations.registration"  # standard library only, so the package's __init__ may have it

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "linear_path.h"
+
+#include "level.h"
+
+namespace eigenprune {
+namespace {
+
+constexpr int64_t kMaxPairRows = 128;  // above, torch's bfloat16 products are quicker than panels; its others never
+
+}  // namespace
+
+LinearPath linear_path(Element element, int64_t rows, int64_t in, int64_t rank) {
+  const CpuLevel level = cpu_level();
+  if (element == Element::kOther || level < CpuLevel::kAvx2) return LinearPath::kTorch;
+  if (rows <= kMaxDotRows) return LinearPath::kDots;
+  if (level < CpuLevel::kAvx512) return LinearPath::kTorch;
+  if (element != Element::kBFloat16 || level < CpuLevel::kAvx512Bf16) return LinearPath::kPanels;
+  if (has_amx_bf16()) return LinearPath::kTorch;  // its products use it. Not measured: no such machine was at hand
+  const bool has_pairs = in % 2 == 0 && rank % 2 == 0;  // panels of bfloat16 take two elements at a time
+  return rows <= kMaxPairRows && has_pairs ? LinearPath::kPanels : LinearPath::kTorch;
+}
+
+const char* linear_path_name(LinearPath path) {
+  switch (path) {
+    case LinearPath::kDots: return "dots";
+    case LinearPath::kPanels: return "panels";
+    default: return "torch";
+  }
+}
+
+}  // namespace eigenprune
