@@ -32,7 +32,7 @@ TORCH_TARGET = "0x020a000000000000"  # 2.10, whatever torch it is built with
 # architecture -> first toolkit that knows it
 CUDA_ARCHITECTURES = {"80": Version("11.0"), "90": Version("11.8"), "100": Version("12.8")}
 
-CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu/low_rank_linear.cpp", "csrc/cpu/pivot_linear.cpp"]
+CPU_SOURCES = ["csrc/ops.cpp", "csrc/cpu/gram_svd.cpp", "csrc/cpu/low_rank_linear.cpp", "csrc/cpu/pivot_linear.cpp"]
 CUDA_HOST_SOURCES = ["csrc/cuda/low_rank_linear.cpp", "csrc/cuda/pivot_linear.cpp"]
 CUDA_KERNEL_SOURCES = ["csrc/cuda/pivot_linear.cu"]
 HEADERS = ["csrc/checks.h", "csrc/products.h", "csrc/cuda/pivot_linear.h"]

@@ -26,6 +26,10 @@ SCHEMAS: Mapping[str, str] = MappingProxyType(
     {
         "low_rank_linear": "(Tensor x, Tensor right, Tensor left, Tensor? bias) -> Tensor",
         "pivot_linear": "(Tensor x, Tensor right, Tensor left, Tensor pivots, Tensor? bias) -> Tensor",
+        "gram_svd": "(Tensor a, int rank, bool double_precision, bool right_decides)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        "truncated_svd": "(Tensor a, int[]? rank, bool vectors, float tolerance, int seed, str method)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     }
 )
 
@@ -53,7 +57,7 @@ def extension_status() -> ExtensionStatus:
     return _STATUS
 
 
-def define_operator(name: str, reference: Callable[..., torch.Tensor]) -> None:
+def define_operator(name: str, reference: Callable[..., Any]) -> None:
     """Give the operator `eigenprune::name` its signature, if the extension has not, and its pure-torch
     kernel.
 
@@ -65,7 +69,7 @@ def define_operator(name: str, reference: Callable[..., torch.Tensor]) -> None:
     implement(name, reference, "CompositeExplicitAutograd")
 
 
-def implement(name: str, kernel: Callable[..., torch.Tensor], dispatch_key: str) -> None:
+def implement(name: str, kernel: Callable[..., Any], dispatch_key: str) -> None:
     """Register a Python kernel of `eigenprune::name` for one dispatch key, for the life of the process."""
     _LIBRARY.impl(name, kernel, dispatch_key)
 
