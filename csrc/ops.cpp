@@ -25,7 +25,9 @@ STABLE_TORCH_LIBRARY(eigenprune, library) {
   //   right_decides                 the largest entry of right's vectors is positive, instead of left's
   //   left    [batch, short, rank], values [batch, rank], right [batch, rank, long]  dtype of a
   //   energy  [batch]               float64, ||a[i]||_F^2
-  library.def("gram_svd(Tensor a, int rank, bool double_precision, bool right_decides) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "gram_svd(Tensor a, int rank, bool double_precision, bool right_decides)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
 
   // a = left diag(values) right + what is left out, the leading components; no compiled kernel of its own
   //   a       [..., m, n]       float32, float64, float16, bfloat16
@@ -33,5 +35,7 @@ STABLE_TORCH_LIBRARY(eigenprune, library) {
   //   left    [..., m, rank], values [..., rank], right [..., rank, n]  float32, or float64 for float64
   //   error, excess  [...]      float64
   //   path    [...]             int64
-  library.def("truncated_svd(Tensor a, int[]? rank, bool vectors, float tolerance, int seed, str method) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "truncated_svd(Tensor a, int[]? rank, bool vectors, float tolerance, int seed, str method)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -44,65 +44,111 @@ struct Problem {
   double* energy;      // ||a||_F^2
 };
 
-// The largest power of two that is at most the largest entry: products of scaled entries neither overflow nor vanish.
-template <typename Out>
-int scale_exponent(const Problem<Out>& problem) {
-  double largest = 0;
-  const bool by_rows = problem.column_stride <= problem.row_stride;
-  const int64_t outer = by_rows ? problem.short_side : problem.long_side;
-  const int64_t inner = by_rows ? problem.long_side : problem.short_side;
-  const int64_t outer_stride = by_rows ? problem.row_stride : problem.column_stride;
-  const int64_t inner_stride = by_rows ? problem.column_stride : problem.row_stride;
-  for (int64_t i = 0; i < outer; ++i) {
-    for (int64_t j = 0; j < inner; ++j) {
-      largest = std::max(largest, std::fabs(static_cast<double>(problem.a[i * outer_stride + j * inner_stride])));
+// Independent partial results: without fast math a compiler keeps the order of one running sum, and waits for every add.
+constexpr int64_t kLanes = 16;
+
+template <typename T>
+double sum_of_squares(const T* x, int64_t count) {
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const double value = x[i + lane];
+      lanes[lane] += value * value;
     }
   }
+  double sum = 0;
+  for (; i < count; ++i) sum += static_cast<double>(x[i]) * x[i];
+  for (const double lane : lanes) sum += lane;
+  return sum;
+}
+
+template <typename T>
+T largest_magnitude(const T* x, int64_t count) {
+  T lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const T magnitude = std::fabs(x[i + lane]);
+      lanes[lane] = magnitude > lanes[lane] ? magnitude : lanes[lane];
+    }
+  }
+  T largest = 0;
+  for (; i < count; ++i) largest = std::max<T>(largest, std::fabs(x[i]));
+  for (const T lane : lanes) largest = std::max(largest, lane);
+  return largest;
+}
+
+// a [short_side, long_side] without strides, in its own precision. Blocks, so that a transposed a is read by cache line.
+template <typename Out>
+void copy_dense(const Problem<Out>& problem, Out* dense) {
+  constexpr int64_t kBlock = 32;
+  const int64_t s = problem.short_side, n = problem.long_side;
+  for (int64_t top = 0; top < s; top += kBlock) {
+    for (int64_t first = 0; first < n; first += kBlock) {
+      const int64_t bottom = std::min(top + kBlock, s), last = std::min(first + kBlock, n);
+      for (int64_t i = top; i < bottom; ++i) {
+        for (int64_t j = first; j < last; ++j) {
+          dense[i * n + j] = problem.a[i * problem.row_stride + j * problem.column_stride];
+        }
+      }
+    }
+  }
+}
+
+// The power of two above the largest entry: products of entries scaled by it neither overflow nor vanish.
+template <typename Out>
+int scale_exponent(const Out* dense, int64_t count) {
   int exponent = 0;
-  std::frexp(largest, &exponent);  // 0 for 0
+  std::frexp(static_cast<double>(largest_magnitude(dense, count)), &exponent);  // 0 for 0
   return exponent;
 }
 
-// a 2^-exponent, contiguous, in the precision of the computation; adds up the energy of a on the way.
 template <typename Out, typename T>
-void copy_scaled(const Problem<Out>& problem, int exponent, T* copy) {
+void copy_scaled(const Out* dense, int64_t count, int exponent, T* copy) {
   const double scale = std::ldexp(1.0, -exponent);
-  double energy = 0;
-  for (int64_t i = 0; i < problem.short_side; ++i) {
-    const Out* row = problem.a + i * problem.row_stride;
-    T* target = copy + i * problem.long_side;
-    for (int64_t j = 0; j < problem.long_side; ++j) {
-      const double value = static_cast<double>(row[j * problem.column_stride]) * scale;
-      energy += value * value;
-      target[j] = static_cast<T>(value);
-    }
-  }
-  *problem.energy = std::ldexp(energy, 2 * exponent);
+  for (int64_t i = 0; i < count; ++i) copy[i] = static_cast<T>(static_cast<double>(dense[i]) * scale);
 }
 
-// Squared norms of the rows of product [rank, long_side]: rayleigh quotients of the Gram.
 template <typename T>
 std::vector<double> row_norms(const T* product, int64_t rank, int64_t long_side) {
   std::vector<double> norms(static_cast<size_t>(rank));
-  for (int64_t i = 0; i < rank; ++i) {
-    double sum = 0;
-    for (int64_t j = 0; j < long_side; ++j) {
-      const double value = product[i * long_side + j];
-      sum += value * value;
-    }
-    norms[i] = std::sqrt(sum);
-  }
+  for (int64_t i = 0; i < rank; ++i) norms[i] = std::sqrt(sum_of_squares(product + i * long_side, long_side));
   return norms;
 }
 
-// Rows u_i^T a are orthogonal up to u s_max^2 / (s_i s_j), u of the computation. Above the rounding of the result, or
-// above 64 u where both have one precision, they are orthogonalised.
+// Rows u_i^T a are orthogonal up to u s_max^2 / (s_i s_j), u of the computation. They are orthogonalised where that is
+// above the rounding of the result, or above long_side u, LAPACK's unit, where both have one precision.
 template <typename Out, typename T>
-bool needs_qr(const std::vector<double>& norms) {
-  const double excess = std::numeric_limits<Out>::epsilon() / std::numeric_limits<T>::epsilon();
+bool needs_qr(const std::vector<double>& norms, int64_t long_side) {
+  const double finer = std::numeric_limits<Out>::epsilon() / std::numeric_limits<T>::epsilon();
+  const double room = sizeof(Out) == sizeof(T) ? std::max<double>(64, long_side) : finer;
   const double largest = *std::max_element(norms.begin(), norms.end());
   const double smallest = *std::min_element(norms.begin(), norms.end());
-  return largest * largest > std::max(64.0, excess) * smallest * smallest;
+  return largest * largest >= room * smallest * smallest;  // also for zeros
+}
+
+// a a^T [s, s], its lower triangle only, which is all that the eigensolver reads: by blocks of rows.
+template <typename T>
+Tensor lower_gram(const Tensor& a) {
+  constexpr int64_t kRows = 256;
+  const int64_t s = a.size(0);
+  const Tensor columns = torch::stable::transpose(a, 0, 1);
+  if (s <= kRows) return torch::stable::matmul(a, columns);
+  Tensor gram = torch::stable::new_empty(a, {s, s});
+  T* target = gram.mutable_data_ptr<T>();
+  for (int64_t top = 0; top < s; top += kRows) {
+    const int64_t rows = std::min(kRows, s - top), width = top + rows;
+    Tensor from = a, upto = columns;  // narrow takes its argument by reference
+    const Tensor block =
+        torch::stable::matmul(torch::stable::narrow(from, 0, top, rows), torch::stable::narrow(upto, 1, 0, width));
+    const T* source = block.const_data_ptr<T>();
+    for (int64_t i = 0; i < rows; ++i) {
+      std::copy(source + i * width, source + (i + 1) * width, target + (top + i) * s);
+      std::fill(target + (top + i) * s + width, target + (top + i + 1) * s, T{0});
+    }
+  }
+  return gram;
 }
 
 template <typename Out, typename T>
@@ -119,14 +165,14 @@ void write_result(const Problem<Out>& problem, int exponent, const T* vectors, i
     const T* deciding = problem.right_decides ? right : left;
     const int64_t length = problem.right_decides ? problem.long_side : problem.short_side;
     const int64_t step = problem.right_decides ? entry_stride : 1;
-    double largest = 0;
+    T largest = 0;
     for (int64_t j = 0; j < length; ++j) {
-      const double entry = static_cast<double>(deciding[j * step]);
-      if (std::fabs(entry) > std::fabs(largest)) largest = entry;
+      if (std::fabs(deciding[j * step]) > std::fabs(largest)) largest = deciding[j * step];
     }
     // left * right must stay u_i (u_i^T a) = left * right * signs, whichever of the two decides.
-    const double flip = problem.right_decides ? std::copysign(1.0, largest) : std::copysign(1.0, largest) * signs[from];
-    const double left_flip = problem.right_decides ? flip * signs[from] : std::copysign(1.0, largest);
+    const double sign = std::copysign(1.0, static_cast<double>(largest));
+    const double flip = problem.right_decides ? sign : sign * signs[from];
+    const double left_flip = problem.right_decides ? flip * signs[from] : sign;
     for (int64_t j = 0; j < problem.short_side; ++j) {
       problem.left[j * problem.rank + to] = static_cast<Out>(left[j] * left_flip);
     }
@@ -141,12 +187,19 @@ void write_result(const Problem<Out>& problem, int exponent, const T* vectors, i
 template <typename Out, typename T>
 void decompose(const Tensor& like, const Problem<Out>& problem) {
   const int64_t s = problem.short_side, n = problem.long_side, rank = problem.rank;
-  const int exponent = scale_exponent(problem);
+  std::vector<Out> copy;
+  const Out* dense = problem.a;
+  if (problem.column_stride != 1 || problem.row_stride != n) {
+    copy.resize(static_cast<size_t>(s * n));
+    copy_dense(problem, copy.data());
+    dense = copy.data();
+  }
+  const int exponent = scale_exponent(dense, s * n);
   Tensor a = torch::stable::new_empty(like, {s, n}, dtype_of<T>());
-  copy_scaled(problem, exponent, a.mutable_data_ptr<T>());
+  copy_scaled(dense, s * n, exponent, a.mutable_data_ptr<T>());
+  *problem.energy = std::ldexp(sum_of_squares(a.const_data_ptr<T>(), s * n), 2 * exponent);
 
-  const Tensor gram = torch::stable::matmul(a, torch::stable::transpose(a, 0, 1));
-  const Tensor all = std::get<1>(call_pair("aten::linalg_eigh", gram, "L"));  // [s, s], ascending, one a column
+  const Tensor all = std::get<1>(call_pair("aten::linalg_eigh", lower_gram<T>(a), "L"));  // [s, s], ascending, one a column
   Tensor vectors = torch::stable::new_empty(like, {rank, s}, dtype_of<T>());
   const T* eigenvectors = all.const_data_ptr<T>();
   T* rows = vectors.mutable_data_ptr<T>();
@@ -156,7 +209,7 @@ void decompose(const Tensor& like, const Problem<Out>& problem) {
   }
   const Tensor product = torch::stable::matmul(vectors, a);  // [rank, n]
   const std::vector<double> norms = row_norms(product.const_data_ptr<T>(), rank, n);
-  if (!needs_qr<Out, T>(norms)) {
+  if (!needs_qr<Out, T>(norms, n)) {
     const std::vector<double> signs(static_cast<size_t>(rank), 1.0);
     write_result(problem, exponent, rows, s, product.const_data_ptr<T>(), n, 1, signs, norms, norms);
     return;

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenprune.ops._svd_subspace import missed_energy, subspace_svd
+from eigenprune.ops._svd_subspace import MORE_SWEEPS, Subspace, missed_energy
 from eigenprune.ops.gram_svd import gram_svd
 
 
@@ -49,6 +49,12 @@ class Decomposition:
     path: Tensor
 
 
+def largest_entry(a: Tensor) -> Tensor:
+    """The largest magnitude in every matrix [batch], NaN where there is one. (20 times quicker than a maximum norm.)"""
+    flat = a.flatten(1)
+    return torch.maximum(flat.amax(1), -flat.amin(1))
+
+
 def choose_path(short: int, long: int, rank: int, dtype: torch.dtype, tolerance: float, method: str) -> SvdPath:
     """The path for matrices of one shape; float64 knows LAPACK only, whose accuracy the squares of a Gram lose."""
     if dtype == torch.float64:
@@ -69,14 +75,10 @@ def choose_path(short: int, long: int, rank: int, dtype: torch.dtype, tolerance:
     return SvdPath.LAPACK if short > LAPACK_ABOVE and long < LAPACK_ASPECT * short else SvdPath.GRAM
 
 
-def decompose(
-    a: Tensor, rank: int, path: SvdPath, right_decides: bool, tolerance: float, seed: int
-) -> Decomposition:
+def decompose(a: Tensor, rank: int, path: SvdPath, right_decides: bool, tolerance: float, seed: int) -> Decomposition:
     """Decompose every matrix of the batch; an approximation that misses the tolerance is replaced, and `path` says so."""
     if path in (SvdPath.ROUNDED_GRAM, SvdPath.SUBSPACE):
-        parts = [
-            _approximate(chunk, rank, path, right_decides, tolerance, seed) for chunk in _chunks(a, path, rank)
-        ]
+        parts = [_approximate(chunk, rank, path, right_decides, tolerance, seed) for chunk in _chunks(a, path, rank)]
     else:
         parts = [_exact(chunk, rank, path, right_decides) for chunk in _chunks(a, path, rank)]
     if len(parts) == 1:
@@ -108,41 +110,57 @@ def _exact(a: Tensor, rank: int, path: SvdPath, right_decides: bool) -> Decompos
 def _approximate(
     a: Tensor, rank: int, path: SvdPath, right_decides: bool, tolerance: float, seed: int
 ) -> Decomposition:
-    largest = a.abs().amax(dim=(1, 2), keepdim=True)
-    exponent = torch.frexp(largest).exponent.float()
-    half = torch.floor(exponent / 2)
-    # Exact: powers of two, in two steps since 2^149, which a denormal needs, is no float32.
-    scaled = a if bool((exponent.abs() < 16).all()) else a * torch.exp2(-half) * torch.exp2(half - exponent)
-    if scaled is a:
-        half, exponent = torch.zeros_like(half), torch.zeros_like(exponent)
-    if path == SvdPath.SUBSPACE:
-        left, values, right = subspace_svd(scaled, rank, seed)
-        values, order = values.sort(dim=1, descending=True, stable=True)
-        left = left.gather(2, order.unsqueeze(1).expand_as(left))
-        right = right.gather(1, order.unsqueeze(2).expand_as(right))
-        left, right = _signed(left, right, right_decides)
-        energy = torch.linalg.vector_norm(scaled, dim=(1, 2), dtype=torch.float64).square()
-    else:
+    scaled, back = _scaled(a)
+    if path == SvdPath.ROUNDED_GRAM:
         left, values, right, energy = gram_svd(scaled, rank, False, right_decides)
-    error = squared_error(scaled, left, values, right, energy)
-    excess, missed = _excess(scaled, left, values, right, energy, error, tolerance)
-    back = torch.exp2(half.double()) * torch.exp2((exponent - half).double())  # [batch, 1, 1]
-    values = (values * back.squeeze(2)).to(values.dtype)
-    energy = energy * back.flatten().square()
-    result = Decomposition(left, values, right, energy, excess, _filled(energy, path))
+        excess, missed = _excess(scaled, left, values, right, energy, tolerance)
+    else:
+        # Rows in float32, their sum in float64: 40 times quicker than all in float64, and right to some u.
+        energy = torch.linalg.vector_norm(scaled, dim=2).double().square().sum(1)
+        subspace = Subspace(scaled, rank, tolerance, seed)
+        left, values, right = subspace.project()
+        excess, missed = _excess(scaled, left, values, right, energy, tolerance)
+        for _ in range(MORE_SWEEPS):
+            if not bool(missed.any()):
+                break
+            subspace.sweep()
+            left, values, right = subspace.project()
+            excess, missed = _excess(scaled, left, values, right, energy, tolerance)
+        left, values, right = _ordered(left, values, right)
+        left, right = _signed(left, right, right_decides)
+    values = (values * back.unsqueeze(1)).to(values.dtype)
+    result = Decomposition(left, values, right, energy * back.square(), excess, _filled(energy, path))
     return _replace(a, result, missed, rank, right_decides) if bool(missed.any()) else result
 
 
+def _scaled(a: Tensor) -> tuple[Tensor, Tensor]:
+    """a times a power of two for every matrix, such that squares stay in range, and what undoes it [batch] float64."""
+    exponent = torch.frexp(largest_entry(a)).exponent
+    back = torch.exp2(exponent.double())
+    if bool((exponent.abs() < 16).all()):
+        return a, torch.ones_like(back)
+    half = torch.floor(exponent.float() / 2)  # twice: 2^149, which a denormal needs, is no float32
+    factors = torch.exp2(torch.stack([-half, half - exponent])).view(2, -1, 1, 1)
+    return a * factors[0] * factors[1], back
+
+
+def _ordered(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    left = left.gather(2, order.unsqueeze(1).expand_as(left))
+    return left, values, right.gather(1, order.unsqueeze(2).expand_as(right))
+
+
 def _excess(
-    a: Tensor, left: Tensor, values: Tensor, right: Tensor, energy: Tensor, error: Tensor, tolerance: float
+    a: Tensor, left: Tensor, values: Tensor, right: Tensor, energy: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """The estimated relative excess of the Frobenius error over the optimum, and where it misses the tolerance.
 
-    A difference that float32 rounding of the result would hide, 8 u of the norm of the matrix, counts as none.
+    A difference that float32 rounding of the result would hide, 32 u of the norm of the matrix, counts as none.
     """
+    error = squared_error(a, left, values, right, energy)
     best = (error - missed_energy(a, left, values, right)).clamp_min(0).sqrt()
     above = error.sqrt() - best
-    hidden = above <= 4 * torch.finfo(a.dtype).eps * energy.sqrt()
+    hidden = above <= 16 * torch.finfo(a.dtype).eps * energy.sqrt()
     excess = torch.where(hidden, torch.zeros_like(above), above / best)
     return excess, ~(excess <= tolerance)  # also when it is not a number
 

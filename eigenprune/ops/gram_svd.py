@@ -57,8 +57,10 @@ def gram_svd_reference(a: Tensor, rank: int, double_precision: bool = True, righ
     vectors = torch.linalg.eigh(work @ work.mT)[1][:, :, -rank:].flip(2)
     product = vectors.mT @ work  # [batch, rank, long]
     values = torch.linalg.vector_norm(product, dim=2)
-    room = max(64.0, torch.finfo(a.dtype).eps / torch.finfo(work.dtype).eps)
-    if bool((values.amax(1).square() > room * values.amin(1).square()).any()):
+    # Rows of product are orthogonal up to u s_1^2 / s_r^2, u of the computation; LAPACK's unit is long u.
+    finer = torch.finfo(a.dtype).eps / torch.finfo(work.dtype).eps
+    room = max(64.0, a.shape[2]) if a.dtype == work.dtype else finer
+    if bool((values.amax(1).square() >= room * values.amin(1).square()).any()):  # also for zeros
         q, r = torch.linalg.qr(product.mT)  # R is diagonal up to rounding; Q completes the null directions
         diagonal = r.diagonal(dim1=1, dim2=2)
         values, order = diagonal.abs().sort(dim=1, descending=True, stable=True)

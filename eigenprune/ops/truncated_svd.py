@@ -12,7 +12,7 @@ from torch import Tensor
 from eigenprune.errors import WeightError
 from eigenprune.ops._library import define_operator
 from eigenprune.ops._routes import needs_derivative
-from eigenprune.ops._svd_paths import METHODS, SvdPath, choose_path, decompose, squared_error
+from eigenprune.ops._svd_paths import METHODS, SvdPath, choose_path, decompose, largest_entry, squared_error
 
 _OP = "eigenprune::truncated_svd"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,8 +69,8 @@ def truncated_svd(
         column of U is positive, the first such if there are two.
 
         Same input, seed, number of threads and machine give the same bits. On CPU the number of threads does not
-        matter either where a float32 batch of at least as many matrices as threads takes a Gram path; other paths use
-        threads inside a product, and bits differ with their number.
+        matter to U, S and Vh either where a float32 batch of at least as many matrices as threads takes a Gram path;
+        other paths use threads inside a product, and bits differ with their number.
 
         The interpreter lock is released while torch works. An interrupt is noticed between two torch calls, of which
         none works on more than a few seconds, or one matrix.
@@ -183,22 +183,19 @@ def _shaped(result: Sequence[Tensor], a: Tensor, vectors: bool) -> _Outputs:
 
 def _check_finite(wide: Tensor) -> None:
     """NaN wins a maximum, so the largest magnitude of every matrix says all."""
-    largest = torch.linalg.vector_norm(wide, float("inf"), dim=(1, 2))
-    bad = (~torch.isfinite(largest)).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(largest_entry(wide))).nonzero().flatten().tolist()
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise WeightError(f"{_OP}: matrix {bad[0]} of the batch{more} holds NaN or infinity; nothing was decomposed")
 
 
-def _kernel(
-    a: Tensor, rank: Sequence[int] | None, vectors: bool, tolerance: float, seed: int, method: str
-) -> _Outputs:
+def _kernel(a: Tensor, rank: Sequence[int] | None, vectors: bool, tolerance: float, seed: int, method: str) -> _Outputs:
     ranks = _matrix_ranks(a, rank)
     _check_options(tolerance, method)
     width = _width(a, rank)
     m, n = a.shape[-2:]
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    wide = a.detach().to(dtype).reshape(len(ranks), m, n)
+    wide = a.detach().to(dtype).reshape(len(ranks), m, n).contiguous()  # a view has the bits of its copy
     if wide.numel() == 0:
         return _shaped(_empty(wide, width), a, vectors)
     _check_finite(wide)
@@ -237,9 +234,7 @@ def _values_only(wide: Tensor, ranks: list[int], width: int) -> list[Tensor]:
     return result
 
 
-def _fake(
-    a: Tensor, rank: Sequence[int] | None, vectors: bool, tolerance: float, seed: int, method: str
-) -> _Outputs:
+def _fake(a: Tensor, rank: Sequence[int] | None, vectors: bool, tolerance: float, seed: int, method: str) -> _Outputs:
     _matrix_ranks(a, rank) if rank is not None else None
     _check_options(tolerance, method)
     width = _width(a, rank)
