@@ -76,7 +76,7 @@ def choose_path(short: int, long: int, rank: int, dtype: torch.dtype, tolerance:
 
 
 def decompose(a: Tensor, rank: int, path: SvdPath, right_decides: bool, tolerance: float, seed: int) -> Decomposition:
-    """Decompose every matrix of the batch; an approximation that misses the tolerance is replaced, and `path` says so."""
+    """Decompose every matrix; an approximation that misses the tolerance is replaced, and `path` says so."""
     if path in (SvdPath.ROUNDED_GRAM, SvdPath.SUBSPACE):
         parts = [_approximate(chunk, rank, path, right_decides, tolerance, seed) for chunk in _chunks(a, path, rank)]
     else:
@@ -123,7 +123,7 @@ def _approximate(
         for _ in range(MORE_SWEEPS):
             if not bool(missed.any()):
                 break
-            subspace.sweep()
+            subspace.refine()
             left, values, right = subspace.project()
             excess, missed = _excess(scaled, left, values, right, energy, tolerance)
         left, values, right = _ordered(left, values, right)

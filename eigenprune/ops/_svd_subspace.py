@@ -19,7 +19,7 @@ from eigenprune.ops._library import extension_status
 # 0.15 %; singular values i^-1/2, degree 4: 0.04, 0.08, 0.27 %.
 LOW_DEGREE, DEGREE = 3, 4
 LOW_BELOW = 1 / 12  # share of the components up to which, at a tolerance from 0.4 %, the first is enough
-MORE_SWEEPS = 2  # one at a time, while the estimated excess is above the tolerance
+MORE_SWEEPS = 2  # in float32, one at a time, while the estimated excess is above the tolerance
 # Largest amplification between two orthonormalisations. float32 and, since rounding is spread over all directions,
 # bfloat16 stand it: at 1e4 the excess on i^-1/2 is 4 times as large, at 1e10 the block loses directions.
 MOST_AMPLIFICATION = 1e7
@@ -53,12 +53,13 @@ class Subspace:
         self._block = _orthonormal(_apply(self._low, image))
         left = LOW_DEGREE if tolerance >= 0.004 and rank <= LOW_BELOW * short else DEGREE
         while left > 0:
-            left -= self.sweep(left)
+            self._block, reached = _filter(self._low, self._block, left)
+            left -= reached
 
-    def sweep(self, degree: int = 2) -> int:
-        """Filter the block once more, by a polynomial of at most this degree; returns its degree."""
-        self._block, reached = _filter(self._low, self._block, degree)
-        return reached
+    def refine(self) -> None:
+        """Filter the block once more, in float32: bfloat16 leaves 1e-3 of the norm where the tail is smaller."""
+        self._low = self._a
+        self._block = _filter(self._low, self._block, 2)[0]
 
     def project(self) -> tuple[Tensor, Tensor, Tensor]:
         """left [batch, short, rank], values [batch, rank], right [batch, rank, long]: the best with columns in it."""
@@ -154,8 +155,8 @@ def _project(a: Tensor, block: Tensor, rank: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def missed_energy(a: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
-    """An estimate [batch] float64 of `sum of the rank largest sigma^2 - sum values^2`, the energy that a better subspace
-    would have captured.
+    """An estimate [batch] float64 of `sum of the rank largest sigma^2 - sum values^2`, the energy that a better
+    subspace would have captured.
 
     To first order in the residual r_i = a v_i - s_i u_i, component i gains the mean of s_i^2 |r_i|^2 / (s_i^2 - lambda)
     over the eigenvalues lambda that the residual meets; their mean is measured, and at most `SAMPLED_VECTORS` evenly

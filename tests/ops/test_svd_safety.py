@@ -38,7 +38,7 @@ def test_unknown_methods_bad_tolerances_and_gradients_are_refused():
     with pytest.raises(RuntimeError, match="method 'fast' is unknown; use one of auto"):
         truncated_svd(a, 1, method="fast")
     for tolerance in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(RuntimeError, match="tolerance .* must be at least 0"):
+        with pytest.raises(RuntimeError, match=r"tolerance .* must be at least 0"):
             truncated_svd(a, 1, tolerance=tolerance)
     with pytest.raises(RuntimeError, match=r"has no gradient; pass a.detach\(\)"):
         truncated_svd(a.clone().requires_grad_(), 1)
