@@ -90,10 +90,10 @@ def decompose(a: Tensor, rank: int, path: SvdPath, right_decides: bool, toleranc
 def _chunks(a: Tensor, path: SvdPath, rank: int) -> tuple[Tensor, ...]:
     """Parts of the batch between which an interrupt is noticed. On CPU subspace iteration threads inside a matrix."""
     if path in (SvdPath.SUBSPACE, SvdPath.LAPACK) and a.device.type == "cpu":
-        return a.split(1)
+        return tuple(a.split(1))
     _, short, long = a.shape
     flops = 2.0 * short * short * long + 10.0 * short**3
-    return a.split(max(torch.get_num_threads(), int(CHUNK_FLOPS / flops)))
+    return tuple(a.split(max(torch.get_num_threads(), int(CHUNK_FLOPS / flops))))
 
 
 def _exact(a: Tensor, rank: int, path: SvdPath, right_decides: bool) -> Decomposition:

@@ -131,7 +131,8 @@ def _orthonormal(block: Tensor) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(product(block.mT, block))
         weakest = factor.diagonal(dim1=1, dim2=2).amin()
         if bool((info != 0).any()) or not bool(weakest > 1e-3):  # the square of 1e-3 is what float32 still resolves
-            return torch.linalg.qr(block)[0]
+            basis: Tensor = torch.linalg.qr(block)[0]
+            return basis
         block = torch.linalg.solve_triangular(factor.mT, block, upper=True, left=False)
         if bool(weakest.square() * block.shape[1] > 4):  # orthonormal to u / weakest^2; LAPACK's unit is short u
             break
@@ -176,4 +177,5 @@ def missed_energy(a: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Ten
     gap = (squares - met.double().square().unsqueeze(1)).clamp_min(1e-300)
     gap = torch.maximum(gap, 0.02 * squares[:, :1])
     gained = torch.linalg.vector_norm(residual, dim=1).double().square() / gap.clamp_min(1e-300)
-    return SAFETY * (rank / len(chosen)) * gained.sum(1)
+    missed: Tensor = SAFETY * (rank / len(chosen)) * gained.sum(1)
+    return missed
