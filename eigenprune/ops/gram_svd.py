@@ -33,8 +33,8 @@ def gram_svd(a: Tensor, rank: int, double_precision: bool = True, right_decides:
     Returns:
         left [batch, short, rank], values [batch, rank], right [batch, rank, long] in the dtype of a, and
         energy [batch] float64, the squared Frobenius norms. Vectors are orthonormal also where values are zero.
-        On CPU a batch of at least as many matrices as threads is worked on by one thread a matrix, so that its bits
-        do not depend on the number of threads.
+        On CPU a batch of at least as many matrices as threads is worked on by one thread a matrix; in double precision
+        its bits then do not depend on the number of threads.
 
     Raises:
         RuntimeError: shape, dtype or rank; or the eigensolver failed, with the index of the matrix. It has no

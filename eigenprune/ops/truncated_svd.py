@@ -69,8 +69,8 @@ def truncated_svd(
         column of U is positive, the first such if there are two.
 
         Same input, seed, number of threads and machine give the same bits. On CPU the number of threads does not
-        matter to U, S and Vh either where a float32 batch of at least as many matrices as threads takes a Gram path;
-        other paths use threads inside a product, and bits differ with their number.
+        matter to U, S and Vh either where a float32 batch of at least as many matrices as threads takes the exact Gram
+        path (GRAM); elsewhere bits differ with their number.
 
         The interpreter lock is released while torch works. An interrupt is noticed between two torch calls, of which
         none works on more than a few seconds, or one matrix.
