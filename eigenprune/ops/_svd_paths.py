@@ -26,12 +26,13 @@ class SvdPath(enum.IntEnum):
     FALLBACK = 4  # exact, because the approximation missed the tolerance
 
 
-# The dispatch table. Evidence: benchmarks/results/svd.jsonl, rows "dispatch".
-LAPACK_ABOVE = 1024  # short side from which torch.linalg.svd beats the float64 Gram on a matrix near square
-LAPACK_ASPECT = 2  # "near square": long < 2 short
-SUBSPACE_FROM = 768  # short side; below, eigh of the whole Gram costs less than the iteration
-SUBSPACE_SHARE = 0.35  # of the components; above likewise
-ROUNDED_FROM = 128  # short side; below, float64 costs no more
+# The dispatch table. Evidence: benchmarks/results/svd.jsonl, rows "dispatch"; seconds below are of one thread.
+LAPACK_ABOVE = 1024  # short side from which LAPACK beats the float64 Gram: 1024 0.373 to 0.365, 1536 0.99 to 1.27
+LAPACK_ASPECT = 2  # but only where long < 2 short: 1024 x 4096 2.27 to 0.62
+# (short side from, share of the components up to) where subspace iteration beats eigh of the whole float32 Gram:
+# 768 at 1/8 0.023 to 0.072, 576 x 1536 at 1/9 0.045 to 0.072, at 0.44 0.140 to 0.084, 128 x 512 at 1/4 0.029 to 0.013
+SUBSPACE_WINS = ((768, 0.35), (512, 0.125))
+ROUNDED_FROM = 128  # short side; below, float64 costs no more: 64 x 576 0.0050 to 0.0049
 
 CHUNK_FLOPS = 2e11  # one uninterruptible call: a few seconds
 METHODS = ("auto", "exact", "gram", "lapack", "rounded", "subspace")
@@ -68,7 +69,7 @@ def choose_path(short: int, long: int, rank: int, dtype: torch.dtype, tolerance:
     if method in forced:
         return forced[method]
     if method == "auto" and rank < short and tolerance > 0:
-        if short >= SUBSPACE_FROM and rank <= SUBSPACE_SHARE * short:
+        if any(short >= least and rank <= share * short for least, share in SUBSPACE_WINS):
             return SvdPath.SUBSPACE
         if short >= ROUNDED_FROM:
             return SvdPath.ROUNDED_GRAM
