@@ -39,6 +39,7 @@ CPU_SOURCES = [
     "csrc/cpu/dot_avx512_bf16.cpp",
     "csrc/cpu/dot_products.cpp",
     "csrc/cpu/factored_linear.cpp",
+    "csrc/cpu/gram_svd.cpp",
     "csrc/cpu/grouped_linear.cpp",
     "csrc/cpu/level.cpp",
     "csrc/cpu/linear_layers.cpp",

@@ -22,4 +22,24 @@ STABLE_TORCH_LIBRARY(eigenprune, library) {
   // One y a layer, from one x. A layer with pivots is a pivot_linear, one without a low_rank_linear; every list has one
   // entry a layer, shapes as above.
   library.def("grouped_linear(Tensor x, Tensor[] right, Tensor[] left, Tensor?[] pivots, Tensor?[] bias) -> Tensor[]");
+
+  // a[i] = left[i] diag(values[i]) right[i], the leading rank components, through the Gram of the short side
+  //   a       [batch, short, long]  float32 or float64, finite
+  //   double_precision              of the computation; float64 has no other
+  //   right_decides                 the largest entry of right's vectors is positive, instead of left's
+  //   left    [batch, short, rank], values [batch, rank], right [batch, rank, long]  dtype of a
+  //   energy  [batch]               float64, ||a[i]||_F^2
+  library.def(
+      "gram_svd(Tensor a, int rank, bool double_precision, bool right_decides)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // a = left diag(values) right + what is left out, the leading components; no compiled kernel of its own
+  //   a       [..., m, n]       float32, float64, float16, bfloat16
+  //   rank                      none (full), one, or one a matrix
+  //   left    [..., m, rank], values [..., rank], right [..., rank, n]  float32, or float64 for float64
+  //   error, excess  [...]      float64
+  //   path    [...]             int64
+  library.def(
+      "truncated_svd(Tensor a, int[]? rank, bool vectors, float tolerance, int seed, str method)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -7,13 +7,20 @@ be loaded, by the pure-torch references otherwise. `extension_status()` says whi
 
 from eigenprune.ops._autocast import has_autocast
 from eigenprune.ops._library import ExtensionStatus, extension_status
+from eigenprune.ops._svd_paths import SvdPath
+from eigenprune.ops.gram_svd import gram_svd, gram_svd_reference
 from eigenprune.ops.grouped_linear import grouped_linear, grouped_linear_reference
 from eigenprune.ops.low_rank_linear import low_rank_linear, low_rank_linear_reference
 from eigenprune.ops.pivot_linear import pivot_linear, pivot_linear_reference
+from eigenprune.ops.truncated_svd import TruncatedSVD, truncated_svd, truncated_svd_reference
 
 __all__ = [
     "ExtensionStatus",
+    "SvdPath",
+    "TruncatedSVD",
     "extension_status",
+    "gram_svd",
+    "gram_svd_reference",
     "grouped_linear",
     "grouped_linear_reference",
     "has_autocast",
@@ -21,4 +28,6 @@ __all__ = [
     "low_rank_linear_reference",
     "pivot_linear",
     "pivot_linear_reference",
+    "truncated_svd",
+    "truncated_svd_reference",
 ]

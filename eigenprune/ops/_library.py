@@ -29,6 +29,10 @@ SCHEMAS: Mapping[str, str] = MappingProxyType(
         "low_rank_linear": "(Tensor x, Tensor right, Tensor left, Tensor? bias) -> Tensor",
         "pivot_linear": "(Tensor x, Tensor right, Tensor left, Tensor pivots, Tensor? bias) -> Tensor",
         "grouped_linear": "(Tensor x, Tensor[] right, Tensor[] left, Tensor?[] pivots, Tensor?[] bias) -> Tensor[]",
+        "gram_svd": "(Tensor a, int rank, bool double_precision, bool right_decides)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        "truncated_svd": "(Tensor a, int[]? rank, bool vectors, float tolerance, int seed, str method)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     }
 )
 

@@ -47,11 +47,29 @@ def samples_grouped_linear(dtype: torch.dtype):
         yield x, [right, rows], [left, mix], [None, pivots], [bias, None]
 
 
+def samples_gram_svd(dtype: torch.dtype):
+    dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+    yield normal(3, 5, 8, dtype=dtype), 4, True, False
+    yield normal(3, 8, 5, dtype=dtype).mT, 5, dtype == torch.float64, True
+    yield normal(0, 5, 8, dtype=dtype), 2, True, False
+
+
+def samples_truncated_svd(dtype: torch.dtype):
+    yield normal(3, 5, 8, dtype=dtype), [4], True, 0.005, 0, "auto"
+    yield normal(2, 3, 8, 5, dtype=dtype), [1, 2, 3, 4, 5, 0], True, 0.005, 0, "auto"
+    yield normal(8, 5, dtype=dtype), None, False, 0.005, 0, "exact"
+    yield normal(0, 8, 5, dtype=dtype), None, True, 0.005, 0, "auto"
+    yield normal(40, 60, dtype=dtype), [5], True, 0.005, 3, "subspace"
+
+
 SAMPLES = {
+    "gram_svd": samples_gram_svd,
     "grouped_linear": samples_grouped_linear,
     "low_rank_linear": samples_low_rank_linear,
     "pivot_linear": samples_pivot_linear,
+    "truncated_svd": samples_truncated_svd,
 }
+WITHOUT_GRADIENT = ("gram_svd", "truncated_svd")
 
 
 def leaves_of(arguments, gradient: bool):
@@ -82,6 +100,8 @@ def test_opcheck(name, dtype):
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("name", registered_operators())
 def test_compiles_into_one_graph(name, gradient, route):
+    if name in WITHOUT_GRADIENT:
+        pytest.skip("returns several tensors and has no gradient: see test_a_decomposition_compiles_into_one_graph")
     function = getattr(ops, name) if route == "wrapper" else getattr(torch.ops.eigenprune, name)
     graphs = []
 
@@ -100,10 +120,36 @@ def test_compiles_into_one_graph(name, gradient, route):
     assert len(graphs) == 1, "the compiled function was not called, fell apart, or was compiled twice"
 
 
+@pytest.mark.parametrize("route", ["wrapper", "operator"])
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_a_decomposition_compiles_into_one_graph(name, route):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    arguments = next(iter(SAMPLES[name](torch.float32)))
+    if route == "operator":
+        function = getattr(torch.ops.eigenprune, name)
+    elif name == "truncated_svd":
+        function, arguments = ops.truncated_svd, arguments[:2]
+    else:
+        function = ops.gram_svd
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: function(*a), fullgraph=True, backend=count)
+    for _ in range(2):
+        for x, y in zip(compiled(*arguments), function(*arguments), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+    assert len(graphs) == 1, "the compiled function was not called, fell apart, or was compiled again"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("name", registered_operators())
 def test_inductor_agrees(name, gradient):
+    if name in WITHOUT_GRADIENT:
+        pytest.skip("a decomposition is one node: inductor calls it, and adds nothing")
     torch._dynamo.reset()
     function = getattr(ops, name)
     compiled = torch.compile(function, fullgraph=True)
@@ -135,8 +181,8 @@ def test_dynamic_rows_do_not_recompile():
 
 
 def test_schemas_in_python_and_cpp_agree():
-    source = (ROOT / "csrc" / "ops.cpp").read_text()
-    in_cpp = dict(re.findall(r'library\.def\("(\w+)(.+?)"\)', source))
+    source = re.sub(r'"\s*"', "", (ROOT / "csrc" / "ops.cpp").read_text())  # joins what C++ joins
+    in_cpp = dict(re.findall(r'library\.def\(\s*"(\w+)(.+?)"\)', source))
     assert in_cpp == dict(SCHEMAS)
     for name, schema in SCHEMAS.items():
         assert str(getattr(torch.ops.eigenprune, name).default._schema) == f"eigenprune::{name}{schema}"
@@ -152,6 +198,8 @@ def test_missing_extension_is_reported_and_everything_still_runs():
         "torch.library.opcheck(torch.ops.eigenprune.pivot_linear.default,"
         " (torch.randn(2, 3), torch.randn(2, 3), torch.randn(4, 2), p, None))\n"
         "x, a, b = torch.randn(2, 3), torch.randn(2, 3), torch.randn(4, 2)\n"
+        "torch.library.opcheck(torch.ops.eigenprune.truncated_svd.default,"
+        " (torch.randn(3, 4, 6), [2], True, 0.005, 0, 'auto'))\n"
         "try: torch.ops.eigenprune.pivot_linear(x, a, b, p * 0, None)\n"
         "except RuntimeError as error: print(error)\n",
         EIGENPRUNE_NO_EXTENSION="1",
