@@ -5,7 +5,7 @@ Text: GSM8K train (questions with answers) for calibration and training; GSM8K t
 every token of the first problems. Both models see the same batches in the same order. Writes one row a model, and a
 picture of the curves.
 
-    python benchmarks/lora_curve.py --out benchmarks/results/lora_curve.jsonl     # about half an hour on 2 cores
+    python benchmarks/lora_curve.py --out benchmarks/results/lora_curve.jsonl     # about a quarter of an hour on 2 cores
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import TrainingArguments as Arguments
 
 from eigenprune import EigenpruneConfig, prune_
 
-KEEP, RANK, BATCH, LENGTH = 0.7, 8, 2, 192
+KEEP, RANK, BATCH, LENGTH = 0.7, 8, 2, 128
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 COLORS = {"dense": "#555555", "pruned": "#c0392b"}
 
@@ -81,12 +81,12 @@ def measure(kind: str, folder: Path, data: Path, steps: int) -> dict[str, Any]:
     """The row of the dense or the pruned model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = problems(data / "train.jsonl")
-    tokens = [tokenizer(text)["input_ids"] for text in problems(data / "test.jsonl.gz")[:40]]
+    tokens = [tokenizer(text)["input_ids"] for text in problems(data / "test.jsonl.gz")[:20]]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     row: dict[str, Any] = {"model": kind, "steps": steps, "batch": BATCH, "length": LENGTH, "lora_rank": RANK}
     row |= {"targets": TARGETS, "provenance": PROVENANCE, "held_out_tokens": sum(len(ids) - 1 for ids in tokens)}
     if kind == "pruned":
-        report = prune_(model, EigenpruneConfig(keep=KEEP, windows=48, window=512), tokenizer=tokenizer, texts=texts,
+        report = prune_(model, EigenpruneConfig(keep=KEEP, windows=48, window=256), tokenizer=tokenizer, texts=texts,
                         progress=False)  # fmt: skip
         row |= {"keep": report.keep, "parameters": report.model_parameters, "bytes": report.model_bytes}
     row["held_out_before"] = held_out_loss(model, tokens)
@@ -136,7 +136,7 @@ def main() -> None:
     """Measure both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, help="write the rows here, and the picture beside them (.svg)")
     options = parser.parse_args()
     shared = shared_folder()
