@@ -5,7 +5,7 @@ Text: GSM8K train (questions with answers) for calibration and training; GSM8K t
 every token of the first problems. Both models see the same batches in the same order. Writes one row a model, and a
 picture of the curves.
 
-    python benchmarks/lora_curve.py --out benchmarks/results/lora_curve.jsonl     # about a quarter of an hour on 2 cores
+    python benchmarks/lora_curve.py --out benchmarks/results/lora_curve.jsonl   # some 15 minutes on 2 cores
 """
 
 from __future__ import annotations

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training towards and with factored layers."""
+
+from eigenprune.recover.rank_pruning import RankTarget
+from eigenprune.recover.trained_rank import TrainedRankPruning
+
+__all__ = ["RankTarget", "TrainedRankPruning"]
