@@ -76,6 +76,7 @@ def train(windows: Tensor, steps: int, callbacks: list[Any]) -> tuple[LlamaForCa
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            log_level="error",
             use_cpu=True,
             seed=0,
         )
@@ -113,7 +114,7 @@ def pruned(model: nn.Module, keep: float, allocation: str, windows: Tensor) -> n
 def main() -> None:
     """All variants, then a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", type=Path, help="write the rows here")
     options = parser.parse_args()
     shared = shared_folder()

@@ -2,6 +2,7 @@
 """Training towards and with factored layers."""
 
 from eigenprune.recover.rank_pruning import RankTarget
+from eigenprune.recover.retruncate import retruncate_
 from eigenprune.recover.trained_rank import TrainedRankPruning
 
-__all__ = ["RankTarget", "TrainedRankPruning"]
+__all__ = ["RankTarget", "TrainedRankPruning", "retruncate_"]
