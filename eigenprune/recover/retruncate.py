@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cut the rank of factored layers in the middle of their training, and take the optimizer along."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 def retruncate_(model: nn.Module, ranks: Mapping[str, int], *, optimizer: Any = None) -> nn.Module:
     """Bring factored layers to smaller ranks, in place, keeping the largest singular components of their weights.
 
-    The parameters stay the same objects, so an optimizer goes on with them. In layout `pair` its state goes along: with
-    W = L R before and L' = L P, R' = Q R after, the gradients of the same dense gradient G are G R'^T = (G R^T) Q^T
-    and L'^T G = P^T (L^T G). First moments follow exactly so; second moments, sums of squares, with the squared
-    entries of Q and P, as if the gradients of different components were uncorrelated. In layout `pivot` other rows
-    become pivots, for which there is no such map: the state of both factors is dropped and starts anew.
+    The factors become new parameters, which take the places of the old ones in the optimizer; wrap the model (DDP,
+    FSDP) and compile it afterwards. In layout `pair` the optimizer's state goes along: with W = L R before and
+    L' = L P, R' = Q R after, the gradients of the same dense gradient G are G R'^T = (G R^T) Q^T and
+    L'^T G = P^T (L^T G). First moments follow exactly so; second moments, sums of squares, with the squared entries of
+    Q and P, as if the gradients of different components were uncorrelated. In layout `pivot` other rows become pivots,
+    for which there is no such map: the state of both factors is dropped and starts anew.
 
     Args:
         model: holds the layers.
@@ -55,17 +56,29 @@ def _retruncate_layer_(layer: LowRankLinear, rank: int, optimizer: Any) -> None:
         left = torch.cat([identity, left]).index_select(0, layer.row_positions())
     left_map, right_map = _maps(left, right, rank)
     new_left, new_right = left @ left_map, right_map @ right
+    states: list[dict[str, Any]] = [{}, {}]
     if layer.layout == "pivot":
         new_left, new_right, layer.pivots = pivot_factors(new_left, new_right)
-        for child in (layer.left, layer.right):
-            _state(optimizer, child.weight).clear()
     else:
-        _map_state_(_state(optimizer, layer.left.weight), lambda moment, power: moment @ (right_map**power).t())
-        _map_state_(_state(optimizer, layer.right.weight), lambda moment, power: (left_map**power).t() @ moment)
-    for child, factor in ((layer.left, new_left), (layer.right, new_right)):
-        child.weight.data = factor.to(child.weight.dtype).contiguous()
-        child.weight.grad = None
+        states = [
+            _mapped(_state(optimizer, layer.left.weight), lambda moment, power: moment @ (right_map**power).t()),
+            _mapped(_state(optimizer, layer.right.weight), lambda moment, power: (left_map**power).t() @ moment),
+        ]
+    for child, factor, state in zip((layer.left, layer.right), (new_left, new_right), states, strict=True):
+        old = child.weight
+        # Not `old.data = ...`: a graph that is still alive remembers the old shape.
+        child.weight = nn.Parameter(factor.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
         child.out_features, child.in_features = factor.shape
+        _hand_over_(optimizer, old, child.weight, state)
+
+
+def _hand_over_(optimizer: Any, old: nn.Parameter, new: nn.Parameter, state: dict[str, Any]) -> None:
+    for group in getattr(optimizer, "param_groups", ()):
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    if optimizer is not None:
+        optimizer.state.pop(old, None)
+        if state:
+            optimizer.state[new] = state
 
 
 def _maps(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -96,8 +109,10 @@ def _check_state(optimizer: Any, layer: LowRankLinear, name: str) -> None:
                 )
 
 
-def _map_state_(state: dict[str, Any], turned: Any) -> None:
+def _mapped(state: dict[str, Any], turned: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
+    mapped = dict(state)
     for power, names in ((1, FIRST_MOMENTS), (2, SECOND_MOMENTS)):
         for key in names:
             if isinstance(state.get(key), Tensor):
-                state[key] = turned(state[key].double(), power).to(state[key].dtype).contiguous()
+                mapped[key] = turned(state[key].double(), power).to(state[key].dtype).contiguous()
+    return mapped
