@@ -61,7 +61,7 @@ def train(model: Any, tokenizer: Any, texts: list[str], steps: int) -> list[tupl
             per_device_train_batch_size=BATCH,
             learning_rate=5e-4,
             warmup_steps=10,
-            logging_steps=5,
+            logging_steps=2,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

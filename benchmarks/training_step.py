@@ -27,7 +27,7 @@ KEEP = 0.7
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048))  # (out, in)
 TOKENS = (64, 512, 2048)
 DTYPES = (torch.float32, torch.bfloat16)
-SECONDS = 2.0  # of turns, for each row
+SECONDS = 1.5  # of turns, for each row
 
 
 def variants(out: int, into: int, dtype: torch.dtype) -> tuple[int, dict[str, nn.Module]]:

@@ -23,7 +23,7 @@ KINDS, LAYOUTS, STEPS = ("llama", "gpt2"), ("pair", "pivot"), 3
 
 
 def steps_(model: nn.Module, batch: Tensor) -> nn.Module:
-    """A few steps on one batch; returns `model`."""
+    """A few steps on one batch, without dropout; returns `model`."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(STEPS):
         model(input_ids=batch, labels=batch).loss.backward()
@@ -39,7 +39,7 @@ def whole_batch() -> Tensor:
 
 def in_process(kind: str, layout: str) -> dict[str, Tensor]:
     """What one process alone gets to."""
-    return steps_(pruned_model(kind, layout).train(), whole_batch()).state_dict()
+    return steps_(pruned_model(kind, layout), whole_batch()).state_dict()
 
 
 def largest_difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -97,10 +97,10 @@ def main() -> None:
     for kind in KINDS:
         for layout in LAYOUTS:
             wanted = in_process(kind, layout)
-            parallel = DistributedDataParallel(pruned_model(kind, layout).train())
+            parallel = DistributedDataParallel(pruned_model(kind, layout))
             steps_(parallel, mine)
             found[f"ddp-{kind}-{layout}"] = largest_difference(parallel.module.state_dict(), wanted)
-            got = _sharded(pruned_model(kind, layout).train(), mine)
+            got = _sharded(pruned_model(kind, layout), mine)
             found[f"fsdp-{kind}-{layout}"] = largest_difference(got, wanted)
     with tempfile.TemporaryDirectory() as folder:
         states: list[Any] = [None, None]

@@ -41,7 +41,8 @@ def test_a_tuner_on_the_parts(tuner: str, kind: str, layout: str, dtype: torch.d
     trained = logits(trained_(model))
     assert difference(trained, plain) > 0.05
     with model.disable_adapter():
-        assert torch.equal(logits(model), plain)
+        # Not to the bit: a wrapped part is called by itself, and in bfloat16 its output is rounded before the bias.
+        assert difference(logits(model), plain) <= same
 
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
