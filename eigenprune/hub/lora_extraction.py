@@ -16,7 +16,7 @@ from tqdm import tqdm
 from eigenprune.calibrate import Statistics
 from eigenprune.errors import CheckpointError, WeightError
 from eigenprune.hub.pairing import Pair, open_pair
-from eigenprune.hub.staging import staged_folder
+from eigenprune.hub.whole_folder import whole_folder
 from eigenprune.spectral import Metric, find_method, layer_metric
 from eigenprune.spectral.difference import check_rank_and_energy, thin_difference
 
@@ -145,7 +145,7 @@ def extract_lora(
         if not kept:
             raise CheckpointError("no weight of a linear layer differs, so that there is nothing for an adapter")
         config = _adapter_config(pair, kept, others, base_name or str(base))
-        with staged_folder(Path(out)) as staged:
+        with whole_folder(Path(out)) as staged:
             save_file(tensors, staged / WEIGHTS_NAME, {"format": "pt"})
             (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     parameters = sum(tensor.numel() for tensor in tensors.values())

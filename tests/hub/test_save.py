@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eigenprune import EigenpruneConfig, prune_, save_model
 from eigenprune.errors import CheckpointError
-from eigenprune.hub import rename
+from eigenprune.hub import rename, save
 from eigenprune.layers import low_rank_layers
 from tests.helpers.compare import file_hashes, state_hashes
 from tests.helpers.tiny_models import saved_dense, tiny_tokenizer, token_windows
@@ -144,7 +143,7 @@ def _late_failure(real: Callable[..., Any], error: BaseException, calls: int) ->
 
 # Where the disk refuses: (object, attribute, calls that still go well, error).
 FAILURES: dict[str, tuple[Any, str, int, BaseException]] = {
-    "making the folder": (tempfile, "mkdtemp", 0, _full()),
+    "making the folder": (save.tempfile, "mkdtemp", 0, _full()),
     "before the second shard": (sys.modules["transformers.modeling_utils"], "safe_save_file", 1, _full()),
     "inside safetensors": (
         sys.modules["transformers.modeling_utils"],

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a folder so that a reader finds the whole old one or the whole new one, never a part."""
+"""Write a folder other than a model's so that a reader finds the whole old one or the whole new one."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +11,11 @@ from safetensors import SafetensorError
 
 from eigenprune.errors import CheckpointError
 from eigenprune.hub.rename import put_in_place
+from eigenprune.hub.save import _follow_umask, _force_to_disk
 
 
 @contextmanager
-def staged_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
     """A sibling folder to write into; on leaving it is forced to disk and renamed to `folder`.
 
     Raises:
@@ -34,21 +34,3 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     finally:
         if staged is not None:
             shutil.rmtree(staged, ignore_errors=True)
-
-
-def _follow_umask(staged: Path) -> None:
-    """Give folder and files the permissions that newly made ones get; temporary ones are the owner's alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    staged.chmod(0o777 & ~umask)
-    for path in staged.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
-def _force_to_disk(staged: Path) -> None:
-    for path in [*staged.rglob("*"), staged]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
