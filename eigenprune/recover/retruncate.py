@@ -72,7 +72,7 @@ def _retruncate_layer_(layer: LowRankLinear, rank: int, optimizer: Any) -> None:
         _hand_over_(optimizer, old, child.weight, state)
 
 
-def _hand_over_(optimizer: Any, old: nn.Parameter, new: nn.Parameter, state: dict[str, Any]) -> None:
+def _hand_over_(optimizer: Any, old: Tensor, new: Tensor, state: dict[str, Any]) -> None:
     for group in getattr(optimizer, "param_groups", ()):
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     if optimizer is not None:
@@ -93,7 +93,7 @@ def _maps(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return right_core.t() @ (vh[:rank].t() / root), (u[:, :rank].t() @ left_core) / root.unsqueeze(1)
 
 
-def _state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
+def _state(optimizer: Any, parameter: Tensor) -> dict[str, Any]:
     states = getattr(optimizer, "state", None)
     return states[parameter] if states is not None and parameter in states else {}
 
