@@ -6,7 +6,11 @@ seed and batches each time, once as ever and then with the callback. The normall
 that the callback ended with (plain SVD), and also pruned in the metric of `kfac` at the same budget, uniformly and
 globally. Loss: nats per byte over the first 64 windows of the WikiText-2 test text.
 
+With --task random, a smaller model (0.1 million parameters) learns 32 rows of random tokens by heart, which leaves no
+rank unused; the loss is then that on the same rows.
+
     python benchmarks/trp.py --out benchmarks/results/trp.jsonl       # a few minutes on 2 cores
+    python benchmarks/trp.py --task random --steps 150 --every 10    # some seconds
 """
 
 from __future__ import annotations
@@ -43,14 +47,29 @@ def byte_windows(text: str, count: int) -> Tensor:
     return raw[: count * WINDOW].long().view(-1, WINDOW)
 
 
-def small_model() -> LlamaForCausalLM:
+def texts() -> tuple[Tensor, Tensor]:
+    """Windows to train and to test on."""
+    shared = shared_folder()
+    if shared is None:
+        raise SystemExit("no texts: EIGENPRUNE_SHARED names a folder that holds data/wikitext2")
+    data = shared / "data" / "wikitext2"
+    training = byte_windows("\n".join(read_texts([data / "train_samples.jsonl.gz"])), 4096)
+    return training, byte_windows(gzip.decompress((data / "test_raw.txt.gz").read_bytes()).decode(), 64)
+
+
+def random_rows() -> Tensor:
+    """[32, 24] tokens."""
+    return torch.randint(0, 256, (32, 24), generator=torch.Generator().manual_seed(0))
+
+
+def small_model(width: int) -> LlamaForCausalLM:
     """The same at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=width // 32,
         num_attention_heads=4,
         max_position_embeddings=WINDOW,
         tie_word_embeddings=True,
@@ -62,7 +81,7 @@ def small_model() -> LlamaForCausalLM:
 
 def train(windows: Tensor, steps: int, callbacks: list[Any]) -> tuple[LlamaForCausalLM, float]:
     """The trained model, and seconds."""
-    model = small_model()
+    model = small_model(96 if len(windows) > 32 else 64)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             scratch,
@@ -115,17 +134,20 @@ def main() -> None:
     """All variants, then a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--every", type=int, default=20, help="steps between two truncations")
+    parser.add_argument("--task", choices=("wikitext", "random"), default="wikitext")
     parser.add_argument("--keep", type=float, nargs="+", help="only these budgets")
     parser.add_argument("--out", type=Path, help="write the rows here")
     options = parser.parse_args()
-    shared = shared_folder()
-    if shared is None:
-        parser.error("no texts: EIGENPRUNE_SHARED names a folder that holds data/wikitext2")
     warnings.simplefilter("ignore")
-    data = shared / "data" / "wikitext2"
-    training = byte_windows("\n".join(read_texts([data / "train_samples.jsonl.gz"])), 4096)
-    test = byte_windows(gzip.decompress((data / "test_raw.txt.gz").read_bytes()).decode(), 64)
-    facts = {"steps": options.steps, "batch": BATCH, "window": WINDOW} | environment()
+    training, test = texts() if options.task == "wikitext" else (random_rows(),) * 2
+    facts = {
+        "task": options.task,
+        "steps": options.steps,
+        "every": options.every,
+        "batch": BATCH,
+        "window": training.shape[1],
+    } | environment()
     normal, seconds = train(training, options.steps, [])
     rows: list[dict[str, Any]] = []
 
@@ -141,7 +163,7 @@ def main() -> None:
     for keep, nuclear in VARIANTS:
         if options.keep and keep not in options.keep:
             continue
-        callback = TrainedRankPruning(keep=keep, every=20, nuclear=nuclear)
+        callback = TrainedRankPruning(keep=keep, every=options.every, nuclear=nuclear)
         model, seconds = train(training, options.steps, [callback])
         add(f"trained rank, keep {keep:g}, nuclear {nuclear:g}", model, keep=keep, nuclear=nuclear, seconds=seconds)
         if nuclear == 0:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "tests.helpers.two_processes", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stderr=pipe, text=True, start_new_session=True
+    ) as run:
+        try:
+            _, said = run.communicate(timeout=280)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)  # the launcher alone would leave its two processes behind
+            raise
+    assert run.returncode == 0, said[-4000:]
     result: dict[str, Any] = json.loads(out.read_text())
     return result
 
