@@ -13,6 +13,8 @@ from eigenprune import collect_statistics, save_model
 from eigenprune.errors import ConfigError
 from eigenprune.layers import LowRankLinear, dense_weight, factored_parameters, low_rank_layers, select_layers
 from eigenprune.recover import TrainedRankPruning
+from eigenprune.recover.rank_pruning import low_rank_factors
+from eigenprune.spectral import Metric
 from tests.helpers.adapters import difference, pruned_model
 from tests.helpers.compare import state_hashes
 from tests.helpers.tiny_models import logits, tiny_model, token_windows
@@ -142,6 +144,23 @@ def test_nuclear_norm_is_pulled_down(tmp_path: Path) -> None:
         weights = [layer.weight.detach() for layer in low_rank_layers(model).values()]
         norms.append(sum(float(torch.linalg.matrix_norm(weight, "nuc")) for weight in weights))
     assert norms[1] < 0.9 * norms[0]
+
+
+def test_at_equal_rank_it_loses_less_than_truncating_a_normally_trained_model(tmp_path: Path) -> None:
+    """Random rows learned by heart leave no rank unused, so truncation hurts; benchmarks/trp.py has the figures."""
+    settings = {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 1e-2}
+    callback = TrainedRankPruning(keep=0.3, every=5)
+    trained, normal = tiny_model("llama"), tiny_model("llama")
+    trainer_of(trained, tmp_path, callback, **settings).train()
+    trainer_of(normal, tmp_path, **settings).train()
+    for name, rank in callback.ranks.items():
+        layer = normal.get_submodule(name)
+        left, right = low_rank_factors(layer.weight.detach(), Metric(), rank)
+        layer.weight.data = (left @ right).float()
+    ids = token_windows(32, 24)
+    with torch.no_grad():
+        losses = [float(model.eval()(input_ids=ids, labels=ids).loss) for model in (trained, normal)]
+    assert losses[0] < losses[1] - 0.2
 
 
 def test_energy_target_gives_each_layer_its_own_rank(tmp_path: Path) -> None:
