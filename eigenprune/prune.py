@@ -26,7 +26,6 @@ from eigenprune.errors import ConfigError, WeightError
 from eigenprune.layers import (
     LowRankLinear,
     dense_weight,
-    is_conv1d,
     low_rank_layers,
     replace_module_,
     select_layers,
@@ -42,7 +41,7 @@ from eigenprune.spectral import (
     components,
     find_method,
     layer_metric,
-    pivot_factors,
+    layer_of_factors,
     rank_options,
     spectrum,
 )
@@ -154,21 +153,7 @@ def factored_layer(module: nn.Module, metric: Metric, rank: int, layout: str) ->
 
 def layer_of_components(module: nn.Module, found: Components, rank: int, layout: str) -> LowRankLinear:
     """As `factored_layer`, where the components of the dense `module` are known."""
-    weight = dense_weight(module).detach()
-    left, right = found.truncated(rank)
-    pivots = None
-    if layout == "pivot":
-        left, right, pivots = pivot_factors(left, right)
-    new = LowRankLinear.from_factors(
-        left.to(weight.dtype),
-        right.to(weight.dtype),
-        pivots=pivots,
-        bias=module.bias,  # type: ignore[arg-type]
-        conv1d=is_conv1d(module),
-    )
-    for factor in (new.left.weight, new.right.weight):
-        factor.requires_grad_(dense_weight(module).requires_grad)
-    return new
+    return layer_of_factors(module, *found.truncated(rank), layout)
 
 
 def _settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:

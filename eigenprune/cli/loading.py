@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from eigenprune.errors import CheckpointError, ConfigError
+from eigenprune.hub.model_class import model_class
 
 DTYPES = {
     "auto": "auto",
@@ -36,9 +37,7 @@ def load_model(name: str, dtype: str = "auto", *, revision: str | None = None, q
         check_folder(Path(name))
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-        architecture = (config.architectures or ["AutoModel"])[0]
-        loader = getattr(transformers, architecture, None) if architecture in _model_classes() else None
-        loader = loader or transformers.AutoModelForCausalLM
+        loader = model_class(config) or transformers.AutoModelForCausalLM
         return loader.from_pretrained(name, revision=revision, dtype=DTYPES[dtype], use_safetensors=True)
     except OSError as error:
         raise CheckpointError(f"{name}: no model that can be loaded ({_first_line(error)})") from error
@@ -62,21 +61,28 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
         raise CheckpointError(f"{name}: no tokenizer beside the model ({_first_line(error)})") from error
 
 
+def checkpoint_folder(name: str) -> Path:
+    """The folder of a model on disk, or of a hub id, whose config and safetensors files are fetched to the cache.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise CheckpointError(f"{name}: no such folder, and no model on the hub ({_first_line(error)})") from error
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of the weight files in `folder`."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _model_classes() -> set[str]:
-    """The class names that transformers itself lists for its automatic classes: the closed list a config may name."""
-    from transformers.models.auto import modeling_auto
-
-    tables = [value for name, value in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
-    names: set[str] = set()
-    for table in tables:
-        for entry in table.values():
-            names.update([entry] if isinstance(entry, str) else entry)
-    return names
 
 
 def _first_line(error: Exception) -> str:

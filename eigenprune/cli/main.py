@@ -17,6 +17,7 @@ import typer
 from eigenprune import __version__
 from eigenprune.cli.card import card
 from eigenprune.cli.evaluate import evaluate
+from eigenprune.cli.extract_lora import extract_lora
 from eigenprune.cli.inspect import inspect
 from eigenprune.cli.output import fail
 from eigenprune.cli.prune import prune
@@ -51,6 +52,7 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
 app.command("prune")(explained(prune))
 app.command("eval")(explained(evaluate))
 app.command("inspect")(explained(inspect))
+app.command("extract-lora")(explained(extract_lora))
 app.command("card")(explained(card))
 app.command("push")(explained(push))
 

@@ -3,6 +3,7 @@
 
 from eigenprune.hub.card import CARD_NAME, build_card, write_card
 from eigenprune.hub.facts import hash_weights
+from eigenprune.hub.lora_extraction import LoraExtraction, extract_lora
 from eigenprune.hub.push import push_to_hub
 from eigenprune.hub.rebuild import rebuild_command
 from eigenprune.hub.save import REPORT_NAME, save_model
@@ -10,7 +11,9 @@ from eigenprune.hub.save import REPORT_NAME, save_model
 __all__ = [
     "CARD_NAME",
     "REPORT_NAME",
+    "LoraExtraction",
     "build_card",
+    "extract_lora",
     "hash_weights",
     "push_to_hub",
     "rebuild_command",

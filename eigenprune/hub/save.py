@@ -2,22 +2,19 @@
 """Save a model so that a reader finds the whole old folder or the whole new one, never a part."""
 
 import json
-import os
 import shutil
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from eigenprune.errors import CheckpointError
 from eigenprune.hub.card import automatic_class
 from eigenprune.hub.checkpoint import check_pivots
 from eigenprune.hub.modeling import write_modeling
-from eigenprune.hub.rename import put_in_place
-from eigenprune.hub.staging import staged_beside
+from eigenprune.hub.whole_folder import whole_folder
 from eigenprune.layers import low_rank_layers
 from eigenprune.report import PruneReport
 
@@ -64,22 +61,15 @@ def save_model(
     if folder.exists() and not (folder.is_dir() and _looks_like_model(folder)):
         raise CheckpointError(f"{folder} holds something other than a model; it is not overwritten")
     check_factors(model)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with staged_beside(folder) as staged:
-            _check_space(model, folder)
-            model.save_pretrained(staged, max_shard_size=max_shard_size)
-            if tokenizer is not None:
-                _save_tokenizer(tokenizer, staged)
-            if report is not None:
-                (staged / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-            if remote_code:
-                write_modeling(staged, automatic_class(type(model).__name__)[0])
-            _follow_umask(staged)
-            _force_to_disk(staged)
-            put_in_place(staged, folder)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with an error of its own
-        raise CheckpointError(f"{folder} cannot be written: {error}; nothing was changed") from error
+    with whole_folder(folder) as staged:
+        _check_space(model, folder)
+        model.save_pretrained(staged, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, staged)
+        if report is not None:
+            (staged / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if remote_code:
+            write_modeling(staged, automatic_class(type(model).__name__)[0])
     return folder
 
 
@@ -125,21 +115,3 @@ def _check_space(model: nn.Module, folder: Path) -> None:
 
 def _looks_like_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() or not any(folder.iterdir())
-
-
-def _follow_umask(staged: Path) -> None:
-    """Give folder and files the permissions that newly made ones get; temporary ones are the owner's alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    staged.chmod(0o777 & ~umask)
-    for path in staged.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
-def _force_to_disk(staged: Path) -> None:
-    for path in [*staged.rglob("*"), staged]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -21,6 +21,9 @@ from eigenprune.ops._library import define_operator
 from eigenprune.ops._routes import call_without_autograd, needs_derivative
 
 _OP = "eigenprune::pivot_linear"
+# Rows of x from which a training step multiplies by all rows of the left factor, the unit rows of the pivots included,
+# instead of gathering columns of the activations: benchmarks/training_step.py. Gathering is slow for 16-bit types.
+ROWS_FOR_FULL_LEFT = {torch.bfloat16: 512, torch.float16: 512, torch.float32: 1024, torch.float64: 1024}
 
 
 def pivot_linear(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,12 +62,33 @@ def pivot_linear(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: T
 def _composed(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return pivot_linear_reference(x, right, left, pivots, bias)
+    if _has_many_rows(x):  # not where compiled: a compiler fuses the gathers
+        return _by_full_left(x, right, left, pivots, bias)
     try:
         return pivot_linear_reference(x, right, left, pivots, bias)
     except (IndexError, RuntimeError):  # torch names an index; name the pivot instead
         _check(x, right, left, pivots, bias)
         check_pivot_values(_OP, pivots, left.shape[0] + right.shape[0])
         raise
+
+
+def _has_many_rows(x: Tensor) -> bool:
+    wanted = ROWS_FOR_FULL_LEFT.get(x.dtype)
+    return wanted is not None and x.dim() > 0 and x.numel() >= wanted * max(1, x.shape[-1])
+
+
+def _by_full_left(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: Tensor | None) -> Tensor:
+    """As two plain linears: `(x @ right.T) @ full.T`, with full[pivots] = I and full[rest] = left, [out, rank].
+
+    Costs out x rank numbers where the other way costs some [tokens, out], and the products with I, which are exact.
+    """
+    _check(x, right, left, pivots, bias)
+    rank, out_features = right.shape[0], right.shape[0] + left.shape[0]
+    check_pivot_values(_OP, pivots, out_features)
+    positions = _row_positions(pivots, out_features)
+    units = torch.eye(rank, dtype=left.dtype, device=left.device)
+    empty = left.new_zeros(out_features, rank).index_copy(0, positions[:rank], units)
+    return F.linear(F.linear(x, right), empty.index_copy(0, positions[rank:], left), bias)
 
 
 def pivot_linear_reference(

@@ -3,6 +3,7 @@
 
 from eigenprune.spectral.allocation import ALLOCATIONS, Choice, allocate
 from eigenprune.spectral.decompose import Components, Spectrum, components, spectrum
+from eigenprune.spectral.factored import layer_of_factors
 from eigenprune.spectral.methods import METHODS, Method, find_method
 from eigenprune.spectral.metric import Metric, layer_metric
 from eigenprune.spectral.pivot import pivot_factors
@@ -21,6 +22,7 @@ __all__ = [
     "components",
     "find_method",
     "layer_metric",
+    "layer_of_factors",
     "pivot_factors",
     "rank_options",
     "spectrum",

@@ -137,7 +137,7 @@ FAULTS = (
     ),
     Fault(
         "nothing forced to disk",
-        SAVE,
+        "hub/whole_folder.py",
         "os.fsync(descriptor)",
         "pass",
         ("tests/hub/test_save.py", "-k", "failed_save and forcing"),

@@ -29,7 +29,7 @@ GETATTR_BY_NAME = {
     "eigenprune/prune.py": "the names of settings, a literal tuple",
     "eigenprune/memory.py": "names of C functions, literals at the callers",
     "eigenprune/ops/_autocast.py": "the name of a dispatch key, made from a device type",
-    "eigenprune/cli/loading.py": "only names in the closed list of model classes of transformers",
+    "eigenprune/hub/model_class.py": "only names in the closed list of model classes of transformers",
 }
 
 
