@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from eigenprune import EigenpruneConfig, PruneReport, perplexity, prune_, save_model
-from eigenprune.calibrate import BUILTIN, SEPARATOR, builtin_texts, read_texts, token_ids
+from eigenprune.calibrate import BUILTIN, SAMPLED, SEPARATOR, builtin_texts, read_texts, token_ids
 from eigenprune.calibrate.cache import model_fingerprint
 from eigenprune.evaluate import Speed, compare_decode, compare_prefill, spaced_windows, speed_ratio
 from eigenprune.report import summary_table
@@ -35,6 +35,7 @@ from eigenprune.report import summary_table
 PROMPTS = ("The capital of France is", "Water boils when", "Before writing a program, it helps to")
 WINDOW = 1024
 EVALUATION_WINDOWS = 8
+DEFAULT_WINDOWS = EigenpruneConfig().windows
 HELD_OUT = 5  # without other text, every fifth topic of Python's reference is kept for evaluation
 
 RELOAD = """
@@ -122,20 +123,21 @@ def comparison(dense: Measured, pruned: Measured, decode: dict[str, Speed], pref
 
 
 def default_text_cost(keep: float) -> str | None:
-    """What the default text costs, from the rows that quality.py has kept."""
-    rows = [row for row in kept_rows(RESULTS) if row["method"] in ("dense", "kfac") and row["keep"] in (1.0, keep)]
+    """What it costs to give no text, from the rows that quality.py and calibration.py have kept."""
+    rows = kept_rows(RESULTS) + kept_rows(RESULTS.with_name("calibration.jsonl"))
     dense = next((row["perplexity"] for row in rows if row["method"] == "dense"), None)
     found = {
         row["calibration"]: row["perplexity"]
         for row in rows
-        if (row.get("layout"), row.get("allocation")) == ("pivot", "global")
+        if (row["method"], row.get("layout"), row.get("allocation"), row["keep"]) == ("kfac", "pivot", "global", keep)
+        and row.get("calibration_windows", DEFAULT_WINDOWS) == DEFAULT_WINDOWS
     }
-    if dense is None or not {"wikitext2", BUILTIN} <= found.keys():
+    if dense is None or not {"wikitext2", SAMPLED} <= found.keys():
         return None
     return (
         f"At keep {keep:g}, WikiText-2 perplexity is {found['wikitext2'] / dense:.3f} x dense when calibrated on its "
-        f"own training text, and {found[BUILTIN] / dense:.3f} x on the text that ships with Python "
-        "(benchmarks/results/quality.jsonl)."
+        f"own training text, and {found[SAMPLED] / dense:.3f} x when no text is given and the model writes its own "
+        "(benchmarks/results/quality.jsonl, calibration.jsonl)."
     )
 
 
