@@ -27,6 +27,7 @@ def load_model(name: str, dtype: str = "auto", *, revision: str | None = None, q
     import transformers
     from transformers.utils import logging
 
+    from eigenprune.hub.digests import check_digests
     from eigenprune.hub.limits import check_folder
 
     if dtype not in DTYPES:
@@ -35,6 +36,7 @@ def load_model(name: str, dtype: str = "auto", *, revision: str | None = None, q
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if Path(name).is_dir():
         check_folder(Path(name))
+        check_digests(Path(name))
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         loader = model_class(config) or transformers.AutoModelForCausalLM

@@ -19,7 +19,9 @@ FILES = (
     r"vocab\.json|vocab\.txt|merges\.txt|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model",
     r"chat_template\.jinja|additional_chat_templates/[A-Za-z0-9_-]{1,64}\.jinja",
     r"(video_)?preprocessor_config\.json|processor_config\.json",
+    r"SHA256SUMS",
 )
+DIGESTS_NAME = "SHA256SUMS"
 MODELING_NAME = "modeling_eigenprune.py"  # the one exception, where it is the file that this package writes
 ALLOWED = re.compile("|".join(f"(?:{pattern})" for pattern in FILES), re.ASCII)
 WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}\.safetensors", re.ASCII)
@@ -27,7 +29,7 @@ DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECAS
 # What an earlier push may have left, and what would be loaded beside, or instead of, the new files.
 OURS = re.compile(
     r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|prune_report\.json"
-    r"|modeling_eigenprune\.py|\.eval_results/eigenprune-[A-Za-z0-9._-]+\.yaml"
+    r"|SHA256SUMS|modeling_eigenprune\.py|\.eval_results/eigenprune-[A-Za-z0-9._-]+\.yaml"
 )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eigenprune.errors import HubError
+from eigenprune.hub.digests import check_digests
 from eigenprune.hub.facts import weight_files
 from eigenprune.hub.modeling import is_our_modeling
 from eigenprune.hub.names import ALLOWED, MODELING_NAME
@@ -34,7 +35,7 @@ def collect(folder: Path, architecture: str = "") -> Outgoing:
         architecture: its model class; only the modelling file that this package writes for that class may go.
 
     Raises:
-        CheckpointError: weight files are missing.
+        CheckpointError: weight files are missing, or differ from the sums beside them.
         HubError: a file is a link out of the folder, or too large to be a text.
     """
     weights = {path.name: path for path in weight_files(folder)}
@@ -61,6 +62,7 @@ def collect(folder: Path, architecture: str = "") -> Outgoing:
         if not ALLOWED.fullmatch(name):
             raise HubError(f"{name!r:.80} is no name of a weight file: save the model again")
         _check_inside(path, folder)
+    check_digests(folder)
     if left_out:
         some = ", ".join(f"{name!r:.80}" for name in left_out[:5])
         warnings.warn(

@@ -13,6 +13,7 @@ from torch import nn
 from eigenprune.errors import CheckpointError
 from eigenprune.hub.card import automatic_class
 from eigenprune.hub.checkpoint import check_pivots
+from eigenprune.hub.digests import write_digests
 from eigenprune.hub.modeling import write_modeling
 from eigenprune.hub.whole_folder import whole_folder
 from eigenprune.layers import low_rank_layers
@@ -34,7 +35,8 @@ def save_model(
 ) -> Path:
     """Save `model` with its own `save_pretrained`, and the tokenizer and report beside it, in one step.
 
-    Everything is written to a sibling folder and forced to disk, then renamed.
+    Everything is written to a sibling folder and forced to disk, then renamed. `SHA256SUMS` beside the weights lets the
+    `eigenprune` commands and `push_to_hub` find a file that was damaged later.
 
     Args:
         model: pruned or not.
@@ -70,6 +72,7 @@ def save_model(
             (staged / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         if remote_code:
             write_modeling(staged, automatic_class(type(model).__name__)[0])
+        write_digests(staged)
     return folder
 
 

@@ -83,7 +83,10 @@ def test_overwriting_a_model_leaves_nothing_of_the_old_one(old: Any, new: Any, t
     folder = save_model(old, tmp_path / "model", max_shard_size="60KB")
     (folder / "of_the_old_one.txt").write_text("x")
     save_model(new, folder, overwrite=True)
-    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".json") == ["model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".json") == [
+        "SHA256SUMS",
+        "model.safetensors",
+    ]
     assert not (folder / "model.safetensors.index.json").exists()
     assert os.listdir(tmp_path) == ["model"]
 
