@@ -17,6 +17,7 @@ from tests.helpers.compare import state_hashes
 from tests.helpers.tiny_models import logits, tiny_model, token_windows
 
 main_path = importlib.import_module("eigenprune.prune")  # the function of the same name hides the module
+factored = importlib.import_module("eigenprune.spectral.factored")
 
 
 class Injected(Exception):
@@ -57,7 +58,7 @@ LAYERS = len(select_layers(tiny_model("gpt2")).chosen)
 PER_LAYER = {
     "spectra": (main_path, "spectrum"),
     "components": (main_path, "components"),
-    "pivots": (main_path, "pivot_factors"),
+    "pivots": (factored, "pivot_factors"),
     "new layer": (LowRankLinear, "from_factors"),
     "swapping": (main_path, "replace_module_"),
 }
