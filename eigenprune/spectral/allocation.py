@@ -124,7 +124,7 @@ def _fill(table: _Table, chosen: Tensor, budget: float, losses: Tensor) -> Tenso
         left = budget - _spent(table, chosen)
         more = table.costs - table.costs[rows, chosen].unsqueeze(1)
         gain = losses[rows, chosen].unsqueeze(1) - losses
-        possible = (more > 0) & (more <= left + 0.5e-6) & gain.isfinite() & (gain >= 0)
+        possible = (more > 0) & (more <= left) & gain.isfinite() & (gain >= 0)
         if not possible.any():
             return chosen
         rate = torch.where(possible, gain / more.clamp_min(1), -1.0)
