@@ -103,7 +103,7 @@ FAULTS = (
     Fault(
         "budget overshot",
         "spectral/allocation.py",
-        "(more <= left + 0.5e-6)",
+        "(more <= left)",
         "(more <= 2 * left + 64)",
         ("tests/spectral/test_allocation.py",),
     ),
