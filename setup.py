@@ -46,13 +46,15 @@ CPU_SOURCES = [
     "csrc/cpu/linear_path.cpp",
     "csrc/cpu/low_rank_linear.cpp",
     "csrc/cpu/merge.cpp",
+    "csrc/cpu/merge_columns.cpp",
     "csrc/cpu/pivot_linear.cpp",
+    "csrc/cpu/split_columns.cpp",
 ]
 CUDA_HOST_SOURCES = ["csrc/cuda/low_rank_linear.cpp", "csrc/cuda/pivot_linear.cpp"]
 CUDA_KERNEL_SOURCES = ["csrc/cuda/decode_linear.cu", "csrc/cuda/pivot_linear.cu"]
 HEADERS = ["csrc/checks.h", "csrc/products.h"]
 CPU_HEADERS = ("dot_products", "dot_tile", "factored_linear", "level")
-CPU_HEADERS += ("linear_layers", "linear_path", "merge", "panel_tile", "target")
+CPU_HEADERS += ("linear_layers", "linear_path", "merge", "panel_tile", "pivot_columns", "target")
 HEADERS += [f"csrc/cpu/{name}.h" for name in CPU_HEADERS]
 CUDA_HEADERS = [f"csrc/cuda/{name}.h" for name in ("decode_linear", "decode_route", "dtypes", "host", "pivot_linear")]
 CUDA_HEADERS += [f"csrc/cuda/{name}.cuh" for name in ("decode_tiles", "elements", "launch", "pivot_rows")]

@@ -109,6 +109,34 @@ inline void check_pivot_shape(const Where& op, const Tensor& right, const Tensor
   check(pivots.device() == x.device(), op, "pivots and x must be on the same device");
 }
 
+// A tensor [..., columns] that pivots [rank] divide.
+inline void check_columns(const Where& op, const char* name, const Tensor& tensor, const Tensor& pivots) {
+  if (tensor.dim() < 1 || pivots.dim() != 1) {
+    check(false, op, name, " must have at least one dimension, and pivots one", pair_text(name, tensor, "pivots", pivots));
+  }
+  if (!is_supported(tensor.scalar_type())) {
+    check(false, op, name, " must be float32, bfloat16, float16 or float64, not ", dtype_text(tensor.scalar_type()));
+  }
+  check(pivots.scalar_type() == ScalarType::Int, op, "pivots must be torch.int32, not ",
+        dtype_text(pivots.scalar_type()));
+  check(pivots.device() == tensor.device(), op, "pivots and ", name, " must be on the same device");
+}
+
+// z [..., rank] and rest [..., out - rank], to be put together by pivots [rank].
+inline void check_parts(const Where& op, const Tensor& z, const Tensor& rest, const Tensor& pivots) {
+  check_columns(op, "z", z, pivots);
+  bool fits = z.dim() == rest.dim() && z.size(z.dim() - 1) == pivots.size(0);
+  for (int64_t dim = 0; fits && dim + 1 < z.dim(); ++dim) fits = z.size(dim) == rest.size(dim);
+  if (!fits) {
+    check(false, op, "z must be [..., rank], rest [..., out - rank] and pivots [rank]", pair_text("z", z, "rest", rest));
+  }
+  if (rest.scalar_type() != z.scalar_type()) {
+    check(false, op, "rest and z must have one dtype (", dtype_text(rest.scalar_type()), ", ",
+          dtype_text(z.scalar_type()), ")");
+  }
+  check(rest.device() == z.device(), op, "rest and z must be on the same device");
+}
+
 // A call with several layers has one entry for each in every list.
 inline void check_equal_lengths(const Where& op, size_t right, size_t left, size_t pivots, size_t bias) {
   if (left == right && pivots == right && bias == right) return;

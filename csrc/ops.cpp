@@ -19,6 +19,15 @@ STABLE_TORCH_LIBRARY(eigenprune, library) {
   //   bias    [out]               dtype and device of x
   library.def("pivot_linear(Tensor x, Tensor right, Tensor left, Tensor pivots, Tensor? bias) -> Tensor");
 
+  // The last step of pivot_linear: y[..., pivots] = z, y[..., the others, ascending] = rest
+  //   z       [..., rank]        float32, bfloat16, float16, float64
+  //   rest    [..., out - rank]  dtype and device of z
+  //   pivots  [rank]             int32, distinct, in [0, out)
+  library.def("merge_columns(Tensor z, Tensor rest, Tensor pivots) -> Tensor");
+
+  // The way back, and the gradient of it: y [..., out] to z and rest as above.
+  library.def("split_columns(Tensor y, Tensor pivots) -> (Tensor, Tensor)");
+
   // One y a layer, from one x. A layer with pivots is a pivot_linear, one without a low_rank_linear; every list has one
   // entry a layer, shapes as above.
   library.def("grouped_linear(Tensor x, Tensor[] right, Tensor[] left, Tensor?[] pivots, Tensor?[] bias) -> Tensor[]");

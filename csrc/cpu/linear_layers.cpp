@@ -10,46 +10,10 @@
 #include "../products.h"
 #include "factored_linear.h"
 #include "merge.h"
+#include "pivot_columns.h"
 
 namespace eigenprune {
 namespace {
-
-// A thread gets at least this many output elements: torch's own grain for element-wise work (at::internal::GRAIN_SIZE).
-constexpr int64_t kGrainElements = 32768;
-
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
-// Pivots as merging wants them: in ascending order, as this package writes them; others are sorted here.
-class PivotColumns {
- public:
-  PivotColumns(const Where& where, const Tensor& pivots, int64_t out_features)
-      : columns(dense(pivots)), bits(static_cast<size_t>(out_features / 64 + 1), 0) {
-    mark(where, out_features);
-    const int32_t* values = columns.const_data_ptr<int32_t>();
-    if (std::is_sorted(values, values + columns.size(0))) return;
-    order = argsort(columns);
-    columns = index_select(columns, 0, *order);
-  }
-
-  Tensor columns;               // [rank] int32, ascending
-  std::vector<uint64_t> bits;   // which columns of the output are pivots
-  std::optional<Tensor> order;  // [rank] int64, which of the given pivots they are; none: as given
-
- private:
-  // Throws where a pivot is out of range or repeated.
-  void mark(const Where& where, int64_t out_features) {
-    const int32_t* values = columns.const_data_ptr<int32_t>();
-    for (int64_t i = 0; i < columns.size(0); ++i) {
-      const int64_t pivot = values[i];
-      if (pivot < 0 || pivot >= out_features) {
-        check(false, where, "pivot ", pivot, " is outside [0, ", out_features, ")");
-      }
-      const uint64_t bit = uint64_t{1} << (pivot % 64);
-      if (bits[pivot / 64] & bit) check(false, where, "pivot ", pivot, " is repeated");
-      bits[pivot / 64] |= bit;
-    }
-  }
-};
 
 // One layer of a call: its inputs, checked, and what is made of them.
 class Layer {
@@ -114,16 +78,13 @@ class Layer {
     const T* bias = static_cast<const T*>(bias_data());
     T* y_data = y_->mutable_data_ptr<T>();
     const MergeFunction merge = merge_function(sizeof(T));
-    const auto merge_rows = [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        T* target = y_data + row * out_;
-        merge(pivots_->bits.data(), 0, out_, z_data + row * rank_, mixed_data + row * (out_ - rank_), target);
-        if (bias == nullptr) continue;
-        // Rounded twice, as in `linear(...) + bias`.
-        for (int64_t c = 0; c < out_; ++c) target[c] = static_cast<T>(target[c] + bias[c]);
-      }
-    };
-    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, out_)), merge_rows);
+    parallel_for_rows(rows, out_, [&](int64_t row) {
+      T* target = y_data + row * out_;
+      merge(pivots_->bits.data(), 0, out_, z_data + row * rank_, mixed_data + row * (out_ - rank_), target);
+      if (bias == nullptr) return;
+      // Rounded twice, as in `linear(...) + bias`.
+      for (int64_t c = 0; c < out_; ++c) target[c] = static_cast<T>(target[c] + bias[c]);
+    });
   }
 
   const LinearLayer& given_;

@@ -24,6 +24,21 @@ void merge_one_by_one(
   }
 }
 
+template <typename Element>
+void split_one_by_one(
+    const uint64_t* is_pivot, int64_t begin, int64_t end, const void* merged, void* pivot_values, void* other_values) {
+  const auto* in = static_cast<const Element*>(merged);
+  auto* pivots = static_cast<Element*>(pivot_values);
+  auto* others = static_cast<Element*>(other_values);
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t bit = static_cast<int64_t>(is_pivot[c / 64] >> (c % 64) & 1u);
+    Element* const next[] = {others, pivots};
+    *next[bit] = *in++;
+    pivots += bit;
+    others += 1 - bit;
+  }
+}
+
 }  // namespace
 }  // namespace eigenprune
 
@@ -50,6 +65,12 @@ struct Four {
   static void store(Element* p, uint64_t lanes, __m512i values) {
     _mm512_mask_storeu_epi32(p, static_cast<__mmask16>(lanes), values);
   }
+  static __m512i load(const Element* p, uint64_t lanes) {
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes), p);
+  }
+  static __m512i gather(uint64_t lanes, __m512i values) {
+    return _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), values);
+  }
 };
 
 struct Two {
@@ -62,6 +83,12 @@ struct Two {
   }
   static void store(Element* p, uint64_t lanes, __m512i values) {
     _mm512_mask_storeu_epi16(p, static_cast<__mmask32>(lanes), values);
+  }
+  static __m512i load(const Element* p, uint64_t lanes) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(lanes), p);
+  }
+  static __m512i gather(uint64_t lanes, __m512i values) {
+    return _mm512_maskz_compress_epi16(static_cast<__mmask32>(lanes), values);
   }
 };
 
@@ -92,6 +119,26 @@ void merge_avx512(
   }
 }
 
+// A register of columns a step: the elements of each side are drawn together, and written without gaps.
+template <class Size>
+void split_avx512(
+    const uint64_t* is_pivot, int64_t begin, int64_t end, const void* merged, void* pivot_values, void* other_values) {
+  const auto* in = static_cast<const typename Size::Element*>(merged);
+  auto* pivots = static_cast<typename Size::Element*>(pivot_values);
+  auto* others = static_cast<typename Size::Element*>(other_values);
+  for (int64_t c = begin; c < end; c += Size::kLanes) {
+    const uint64_t columns = Size::first(end - c < Size::kLanes ? end - c : Size::kLanes);
+    const uint64_t to_pivots = bits_from(is_pivot, c, end) & columns, to_others = ~to_pivots & columns;
+    const int pivot_count = __builtin_popcountll(to_pivots), other_count = __builtin_popcountll(to_others);
+    const __m512i values = Size::load(in, columns);
+    Size::store(pivots, Size::first(pivot_count), Size::gather(to_pivots, values));
+    Size::store(others, Size::first(other_count), Size::gather(to_others, values));
+    pivots += pivot_count;
+    others += other_count;
+    in += Size::kLanes;
+  }
+}
+
 }  // namespace
 }  // namespace eigenprune
 
@@ -99,21 +146,43 @@ EIGENPRUNE_TARGET_END
 #endif
 
 namespace eigenprune {
+namespace {
+
+bool can_spread() {
+#if defined(__x86_64__)
+  if (cpu_level() < CpuLevel::kAvx512) return false;
+  __builtin_cpu_init();
+  static const bool has_instructions =
+      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+  return has_instructions;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 MergeFunction merge_function(int64_t element_size) {
 #if defined(__x86_64__)
-  if (cpu_level() >= CpuLevel::kAvx512) {
-    __builtin_cpu_init();
-    static const bool can_spread =
-        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
-    if (can_spread && element_size == 4) return &merge_avx512<Four>;
-    if (can_spread && element_size == 2) return &merge_avx512<Two>;
-  }
+  if (element_size == 4 && can_spread()) return &merge_avx512<Four>;
+  if (element_size == 2 && can_spread()) return &merge_avx512<Two>;
 #endif
   switch (element_size) {
     case 2: return &merge_one_by_one<int16_t>;
     case 4: return &merge_one_by_one<int32_t>;
     default: return &merge_one_by_one<int64_t>;
+  }
+}
+
+SplitFunction split_function(int64_t element_size) {
+#if defined(__x86_64__)
+  if (element_size == 4 && can_spread()) return &split_avx512<Four>;
+  if (element_size == 2 && can_spread()) return &split_avx512<Two>;
+#endif
+  switch (element_size) {
+    case 2: return &split_one_by_one<int16_t>;
+    case 4: return &split_one_by_one<int32_t>;
+    default: return &split_one_by_one<int64_t>;
   }
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from eigenprune.errors import ConfigError
-from eigenprune.ops import has_autocast, low_rank_linear, pivot_linear
+from eigenprune.ops import has_autocast, low_rank_linear, merge_columns, pivot_linear, source_positions
 
 Layout = Literal["pair", "pivot"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
@@ -135,11 +135,7 @@ class LowRankLinear(nn.Module):
 
     def row_positions(self) -> Tensor:
         """[out] int64: where each output stands in (pivot rows, mixed rows). Layout `pivot` only."""
-        is_pivot = torch.zeros(self.out_features, dtype=torch.bool, device=self.pivots.device)
-        is_pivot = is_pivot.index_fill(0, self.pivots.long(), True)
-        mixed = (~is_pivot).cumsum(0) + (self.rank - 1)
-        order = torch.arange(self.rank, device=self.pivots.device)
-        return mixed.index_copy(0, self.pivots.long(), order)
+        return source_positions(self.pivots, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -154,7 +150,7 @@ class LowRankLinear(nn.Module):
         inner = self.right(x)
         y: Tensor = self.left(inner)
         if self.layout == "pivot":
-            y = torch.cat([inner, y], -1).index_select(-1, self.row_positions())
+            y = merge_columns(inner, y, self.pivots)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -69,6 +69,33 @@ def check_pivot_shape(op: str, right: Tensor, pivots: Tensor, x: Tensor) -> None
         raise RuntimeError(f"{op}: pivots and x must be on the same device ({pivots.device}, {x.device})")
 
 
+def check_columns(op: str, name: str, tensor: Tensor, pivots: Tensor) -> None:
+    """Check a tensor [..., columns] that pivots [rank] divide; their values are checked by `check_pivot_values`."""
+    if tensor.dim() < 1 or pivots.dim() != 1:
+        raise RuntimeError(
+            f"{op}: {name} must have at least one dimension, and pivots one ({_pair(name, tensor, 'pivots', pivots)})"
+        )
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        raise RuntimeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, not {tensor.dtype}")
+    if pivots.dtype != torch.int32:
+        raise RuntimeError(f"{op}: pivots must be torch.int32, not {pivots.dtype}")
+    if pivots.device != tensor.device:
+        raise RuntimeError(f"{op}: pivots and {name} must be on the same device")
+
+
+def check_parts(op: str, z: Tensor, rest: Tensor, pivots: Tensor) -> None:
+    """Check z [..., rank] and rest [..., out - rank], to be put together by pivots [rank]."""
+    check_columns(op, "z", z, pivots)
+    if z.dim() != rest.dim() or z.shape[:-1] != rest.shape[:-1] or z.shape[-1] != pivots.shape[0]:
+        raise RuntimeError(
+            f"{op}: z must be [..., rank], rest [..., out - rank] and pivots [rank] ({_pair('z', z, 'rest', rest)})"
+        )
+    if rest.dtype != z.dtype:
+        raise RuntimeError(f"{op}: rest and z must have one dtype ({rest.dtype}, {z.dtype})")
+    if rest.device != z.device:
+        raise RuntimeError(f"{op}: rest and z must be on the same device")
+
+
 def check_pivot_values(op: str, pivots: Tensor, out_features: int) -> None:
     """Check that pivots are distinct and in [0, out_features). Only on CPU: elsewhere it would stop the
     device."""

@@ -28,6 +28,8 @@ SCHEMAS: Mapping[str, str] = MappingProxyType(
     {
         "low_rank_linear": "(Tensor x, Tensor right, Tensor left, Tensor? bias) -> Tensor",
         "pivot_linear": "(Tensor x, Tensor right, Tensor left, Tensor pivots, Tensor? bias) -> Tensor",
+        "merge_columns": "(Tensor z, Tensor rest, Tensor pivots) -> Tensor",
+        "split_columns": "(Tensor y, Tensor pivots) -> (Tensor, Tensor)",
         "grouped_linear": "(Tensor x, Tensor[] right, Tensor[] left, Tensor?[] pivots, Tensor?[] bias) -> Tensor[]",
         "gram_svd": "(Tensor a, int rank, bool double_precision, bool right_decides)"
         " -> (Tensor, Tensor, Tensor, Tensor)",

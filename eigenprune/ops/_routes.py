@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 
 Result = TypeVar("Result")
 
+# torch.autograd.Function asks this itself; should it ever go, training steps are slower and nothing else changes.
+_has_functional_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 # torch.library uses this guard itself; should it ever go, calls are slower and nothing else changes.
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
@@ -28,6 +30,17 @@ def needs_derivative(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def needs_torch_gradients(tensor: Tensor) -> bool:
+    """True where torch's own differentiable functions serve better than a short Python gradient: in a traced graph,
+    under functional transforms and forward differentiation, and off the CPU, whose gathers alone are slow."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or _has_functional_transform()
+        or tensor.device.type != "cpu"
+    )
 
 
 def call_without_autograd(operator: Callable[..., Result], *arguments: Any) -> Result:

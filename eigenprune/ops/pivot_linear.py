@@ -19,11 +19,10 @@ from eigenprune.ops._checks import check_factors, check_pivot_shape, check_pivot
 from eigenprune.ops._gradients import sum_to_bias, weight_gradient
 from eigenprune.ops._library import define_operator
 from eigenprune.ops._routes import call_without_autograd, needs_derivative
+from eigenprune.ops.merge_columns import merge_columns, merge_columns_reference
+from eigenprune.ops.split_columns import split_columns
 
 _OP = "eigenprune::pivot_linear"
-# Rows of x from which a training step multiplies by all rows of the left factor, the unit rows of the pivots included,
-# instead of gathering columns of the activations: benchmarks/training_step.py. Gathering is slow for 16-bit types.
-ROWS_FOR_FULL_LEFT = {torch.bfloat16: 512, torch.float16: 512, torch.float32: 1024, torch.float64: 1024}
 
 
 def pivot_linear(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -60,35 +59,15 @@ def pivot_linear(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: T
 
 
 def _composed(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.compiler.is_compiling():
-        return pivot_linear_reference(x, right, left, pivots, bias)
-    if _has_many_rows(x):  # not where compiled: a compiler fuses the gathers
-        return _by_full_left(x, right, left, pivots, bias)
+    """Through torch's own gradients of the two products, which keep x and z as two `nn.Linear` do."""
+    _check(x, right, left, pivots, bias)
+    z = F.linear(x, right)  # [..., rank]
     try:
-        return pivot_linear_reference(x, right, left, pivots, bias)
-    except (IndexError, RuntimeError):  # torch names an index; name the pivot instead
-        _check(x, right, left, pivots, bias)
+        y = merge_columns(z, F.linear(z, left), pivots)
+    except RuntimeError:  # in the name of this operator, if it is the pivots
         check_pivot_values(_OP, pivots, left.shape[0] + right.shape[0])
         raise
-
-
-def _has_many_rows(x: Tensor) -> bool:
-    wanted = ROWS_FOR_FULL_LEFT.get(x.dtype)
-    return wanted is not None and x.dim() > 0 and x.numel() >= wanted * max(1, x.shape[-1])
-
-
-def _by_full_left(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: Tensor | None) -> Tensor:
-    """As two plain linears: `(x @ right.T) @ full.T`, with full[pivots] = I and full[rest] = left, [out, rank].
-
-    Costs out x rank numbers where the other way costs some [tokens, out], and the products with I, which are exact.
-    """
-    _check(x, right, left, pivots, bias)
-    rank, out_features = right.shape[0], right.shape[0] + left.shape[0]
-    check_pivot_values(_OP, pivots, out_features)
-    positions = _row_positions(pivots, out_features)
-    units = torch.eye(rank, dtype=left.dtype, device=left.device)
-    empty = left.new_zeros(out_features, rank).index_copy(0, positions[:rank], units)
-    return F.linear(F.linear(x, right), empty.index_copy(0, positions[rank:], left), bias)
+    return y if bias is None else y + bias
 
 
 def pivot_linear_reference(
@@ -101,27 +80,8 @@ def pivot_linear_reference(
     """
     _check(x, right, left, pivots, bias)
     z = F.linear(x, right)  # [..., rank]
-    rows = torch.cat((z, F.linear(z, left)), dim=-1)  # [..., out], pivots first
-    y = rows.index_select(-1, source_positions(pivots, left.shape[0] + right.shape[0]))
+    y = merge_columns_reference(z, F.linear(z, left), pivots)
     return y if bias is None else y + bias
-
-
-def source_positions(pivots: Tensor, out_features: int) -> Tensor:
-    """For every output position, where its value stands in the row (pivots..., rest...).
-
-    Args:
-        pivots: [rank] integers, distinct, in [0, out_features).
-        out_features: number of output positions.
-
-    Returns:
-        int64 [out_features], a permutation: i at position pivots[i], rank + k at the k-th position that is no
-        pivot.
-    """
-    index = pivots.long()
-    rank = index.shape[0]
-    is_rest = torch.ones(out_features, dtype=torch.int64, device=index.device).index_fill(0, index, 0)
-    source = is_rest.cumsum(0) + (rank - 1)
-    return source.scatter(0, index, torch.arange(rank, device=index.device))
 
 
 def _check(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: Tensor | None) -> None:
@@ -152,7 +112,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         left if needs_x or needs_right else None,
         pivots,
     )
-    ctx.rank, ctx.out_features = right.shape[0], right.shape[0] + left.shape[0]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,8 +119,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_right, needs_left, _, needs_bias = ctx.needs_input_grad[:5]
     grad_x = grad_right = grad_left = None
     if needs_x or needs_right or needs_left:
-        rows = grad.index_select(-1, _row_positions(pivots, ctx.out_features))  # [..., out], pivots first
-        grad_direct, grad_mixed = rows.split((ctx.rank, ctx.out_features - ctx.rank), dim=-1)
+        grad_direct, grad_mixed = split_columns(grad, pivots)
         if needs_left:
             grad_left = weight_gradient(grad_mixed, F.linear(x, right))
         if needs_x or needs_right:
@@ -169,12 +127,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad_x = grad_z @ right if needs_x else None
             grad_right = weight_gradient(grad_z, x) if needs_right else None
     return grad_x, grad_right, grad_left, None, sum_to_bias(grad) if needs_bias else None
-
-
-def _row_positions(pivots: Tensor, out_features: int) -> Tensor:
-    """The inverse of `source_positions`: (pivots..., rest...) as int64 [out_features]."""
-    source = source_positions(pivots, out_features)
-    return torch.empty_like(source).scatter(0, source, torch.arange(out_features, device=source.device))
 
 
 define_operator("pivot_linear", _fallback)

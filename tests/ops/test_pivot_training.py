@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way of a training step with many rows through the pivot layout, against a dense float64 layer."""
+"""A training step through the pivot layout, against a dense float64 layer."""
 
-import importlib
 from collections.abc import Callable
 
 import pytest
@@ -11,14 +10,7 @@ from torch import Tensor
 
 from eigenprune.ops import pivot_linear
 
-module = importlib.import_module("eigenprune.ops.pivot_linear")  # the function has the name of its module
 IN, OUT, RANK, ROWS = 24, 40, 10, 30
-
-
-@pytest.fixture
-def many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of rows is many."""
-    monkeypatch.setattr(module, "ROWS_FOR_FULL_LEFT", dict.fromkeys(module.ROWS_FOR_FULL_LEFT, 0))
 
 
 def arguments(dtype: torch.dtype, rows: int = ROWS) -> list[Tensor]:
@@ -50,7 +42,6 @@ def pivoted(x: Tensor, right: Tensor, left: Tensor, bias: Tensor, pivots: Tensor
     return pivot_linear(x, right, left, pivots, bias)
 
 
-@pytest.mark.usefixtures("many")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_output_and_gradients_are_those_of_the_dense_layer(dtype: torch.dtype) -> None:
     values = arguments(dtype)
@@ -62,23 +53,12 @@ def test_output_and_gradients_are_those_of_the_dense_layer(dtype: torch.dtype) -
         assert float((got - wanted).abs().max()) <= 4 * torch.finfo(dtype).eps * float(wanted.abs().max())
 
 
-@pytest.mark.usefixtures("many")
 def test_first_and_second_derivatives_match_finite_differences() -> None:
     values = arguments(torch.float64, rows=3)
     assert torch.autograd.gradcheck(pivoted, values)
     assert torch.autograd.gradgradcheck(pivoted, values)
 
 
-def test_both_ways_are_taken_and_agree_at_the_border() -> None:
-    rows = module.ROWS_FOR_FULL_LEFT[torch.float32]
-    values = arguments(torch.float32, rows=rows)
-    many = pivoted(*values)
-    few = pivoted(values[0][: rows - 1], *values[1:])
-    assert type(many.grad_fn) is not type(few.grad_fn)
-    assert float((many[: rows - 1] - few).abs().max()) <= 4 * torch.finfo(torch.float32).eps * float(few.abs().max())
-
-
-@pytest.mark.usefixtures("many")
 def test_gradients_of_single_rows_by_vmap() -> None:
     x, right, left, bias, pivots = arguments(torch.float64)
 
@@ -90,7 +70,17 @@ def test_gradients_of_single_rows_by_vmap() -> None:
     assert torch.allclose(each.sum(0), whole)
 
 
-@pytest.mark.usefixtures("many")
+def test_forward_differentiation_agrees_with_backward() -> None:
+    values = arguments(torch.float64, rows=3)
+    tangents = tuple(torch.randn_like(value) for value in values[:4])
+    _, forward = torch.func.jvp(lambda *v: pivoted(*v, values[4]), tuple(v.detach() for v in values[:4]), tangents)
+    output = pivoted(*values)
+    weights = torch.randn_like(output)
+    gradients = torch.autograd.grad((output * weights).sum(), values[:4])
+    through_backward = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
+    assert torch.allclose((forward * weights).sum(), through_backward)
+
+
 @pytest.mark.parametrize(("pivots", "says"), [([0, 1, 1], "pivot 1 is repeated"), ([0, 1, 40], "outside")])
 def test_bad_pivots_are_refused(pivots: list[int], says: str) -> None:
     values = arguments(torch.float32)

@@ -47,6 +47,18 @@ def samples_grouped_linear(dtype: torch.dtype):
         yield x, [right, rows], [left, mix], [None, pivots], [bias, None]
 
 
+def samples_split_columns(dtype: torch.dtype):
+    for ascending, shape in enumerate(((2, 3, 12), (12,), (0, 12), (5, 12))):
+        yield normal(*shape, dtype=dtype).requires_grad_(shape == (5, 12)), pivots_of(12, 5, ascending=bool(ascending))
+    yield normal(12, 4, dtype=dtype).T, pivots_of(12, 5, ascending=True)
+
+
+def samples_merge_columns(dtype: torch.dtype):
+    for y, pivots in samples_split_columns(dtype):
+        z, rest = (part.detach() for part in ops.split_columns_reference(y, pivots))
+        yield z.requires_grad_(y.requires_grad), rest.requires_grad_(y.requires_grad), pivots
+
+
 def samples_gram_svd(dtype: torch.dtype):
     dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     yield normal(3, 5, 8, dtype=dtype), 4, True, False
@@ -66,7 +78,9 @@ SAMPLES = {
     "gram_svd": samples_gram_svd,
     "grouped_linear": samples_grouped_linear,
     "low_rank_linear": samples_low_rank_linear,
+    "merge_columns": samples_merge_columns,
     "pivot_linear": samples_pivot_linear,
+    "split_columns": samples_split_columns,
     "truncated_svd": samples_truncated_svd,
 }
 WITHOUT_GRADIENT = ("gram_svd", "truncated_svd")
