@@ -101,8 +101,15 @@ def measure(kind: str, folder: Path, data: Path, steps: int) -> dict[str, Any]:
     return row | environment()
 
 
+def smooth(curve: list[tuple[int, float]], span: int = 10) -> list[tuple[int, float]]:
+    """The mean of the last `span` rows, where there are as many."""
+    return [
+        (curve[i][0], sum(loss for _, loss in curve[i - span + 1 : i + 1]) / span) for i in range(span - 1, len(curve))
+    ]
+
+
 def picture(rows: list[dict[str, Any]], width: int = 560, height: int = 300) -> str:
-    """The curves as SVG."""
+    """The curves as SVG: each row thin, their running mean thick."""
     last = max(step for row in rows for step, _ in row["curve"])
     losses = [loss for row in rows for _, loss in row["curve"]]
     low, high = min(losses) - 0.05, max(losses) + 0.05
@@ -122,8 +129,12 @@ def picture(rows: list[dict[str, Any]], width: int = 560, height: int = 300) -> 
         parts.append(f'<text x="{at(step, low).split(",")[0]}" y="{bottom + 16}" text-anchor="middle">{step}</text>')
     for i, row in enumerate(rows):
         color = COLORS[row["model"]]
-        points = " ".join(at(step, loss) for step, loss in row["curve"])
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        for curve, look in (
+            (row["curve"], 'stroke-width="1" opacity="0.35"'),
+            (smooth(row["curve"]), 'stroke-width="2"'),
+        ):
+            points = " ".join(at(step, loss) for step, loss in curve)
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" {look}/>')
         words = f"{row['model']}: held out {row['held_out_before']:.3f} -> {row['held_out_after']:.3f}"
         parts.append(f'<text x="{width - 240}" y="{26 + 18 * i}" fill="{color}">{words}</text>')
     parts.append(
