@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cut the rank of factored layers in the middle of their training, and take the optimizer along."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from eigenprune.errors import ConfigError
 from eigenprune.layers import LowRankLinear, low_rank_layers
+from eigenprune.recover.optimizer_state import check_state, mapped_states
 from eigenprune.spectral import pivot_factors
-
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
 @torch.no_grad()
@@ -20,11 +18,9 @@ def retruncate_(model: nn.Module, ranks: Mapping[str, int], *, optimizer: Any = 
     """Bring factored layers to smaller ranks, in place, keeping the largest singular components of their weights.
 
     The factors become new parameters, which take the places of the old ones in the optimizer; wrap the model (DDP,
-    FSDP) and compile it afterwards. In layout `pair` the optimizer's state goes along: with W = L R before and
-    L' = L P, R' = Q R after, the gradients of the same dense gradient G are G R'^T = (G R^T) Q^T and
-    L'^T G = P^T (L^T G). First moments follow exactly so; second moments, sums of squares, with the squared entries of
-    Q and P, as if the gradients of different components were uncorrelated. In layout `pivot` other rows become pivots,
-    for which there is no such map: the state of both factors is dropped and starts anew.
+    FSDP) and compile it afterwards. In layout `pair` the optimizer's state goes along (`mapped_states`). In layout
+    `pivot` other rows become pivots, for which there is no such map: the state of both factors is dropped and starts
+    anew.
 
     Args:
         model: holds the layers.
@@ -42,7 +38,7 @@ def retruncate_(model: nn.Module, ranks: Mapping[str, int], *, optimizer: Any = 
     for name, rank in ranks.items():
         if name not in layers or rank < 1:
             raise ConfigError(f"{name!r} at rank {rank}: name factored layers, and ranks from 1 on")
-        _check_state(optimizer, layers[name], name)
+        check_state(optimizer, layers[name], name)
     for name, rank in ranks.items():
         if rank < layers[name].rank:
             _retruncate_layer_(layers[name], rank, optimizer)
@@ -56,14 +52,11 @@ def _retruncate_layer_(layer: LowRankLinear, rank: int, optimizer: Any) -> None:
         left = torch.cat([identity, left]).index_select(0, layer.row_positions())
     left_map, right_map = _maps(left, right, rank)
     new_left, new_right = left @ left_map, right_map @ right
-    states: list[dict[str, Any]] = [{}, {}]
+    states: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     if layer.layout == "pivot":
         new_left, new_right, layer.pivots = pivot_factors(new_left, new_right)
     else:
-        states = [
-            _mapped(_state(optimizer, layer.left.weight), lambda moment, power: moment @ (right_map**power).t()),
-            _mapped(_state(optimizer, layer.right.weight), lambda moment, power: (left_map**power).t() @ moment),
-        ]
+        states = mapped_states(optimizer, layer, left_map, right_map)
     for child, factor, state in zip((layer.left, layer.right), (new_left, new_right), states, strict=True):
         old = child.weight
         # Not `old.data = ...`: a graph that is still alive remembers the old shape.
@@ -91,28 +84,3 @@ def _maps(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(left_core @ right_core.t())
     root = s[:rank].clamp_min(torch.finfo(s.dtype).eps * s[0].clamp_min(1e-300)).sqrt()
     return right_core.t() @ (vh[:rank].t() / root), (u[:, :rank].t() @ left_core) / root.unsqueeze(1)
-
-
-def _state(optimizer: Any, parameter: Tensor) -> dict[str, Any]:
-    states = getattr(optimizer, "state", None)
-    return states[parameter] if states is not None and parameter in states else {}
-
-
-def _check_state(optimizer: Any, layer: LowRankLinear, name: str) -> None:
-    known = FIRST_MOMENTS + SECOND_MOMENTS
-    for child in (layer.left, layer.right):
-        for key, value in _state(optimizer, child.weight).items():
-            if isinstance(value, Tensor) and value.shape == child.weight.shape and key not in known:
-                raise ConfigError(
-                    f"the optimizer keeps {key!r} for {name}, which has no known form at another rank: clear its state "
-                    f"(optimizer.state.clear()) or use one that keeps {', '.join(known)}"
-                )
-
-
-def _mapped(state: dict[str, Any], turned: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
-    mapped = dict(state)
-    for power, names in ((1, FIRST_MOMENTS), (2, SECOND_MOMENTS)):
-        for key in names:
-            if isinstance(state.get(key), Tensor):
-                mapped[key] = turned(state[key].double(), power).to(state[key].dtype).contiguous()
-    return mapped
