@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights to spectra in a metric, spectra to worth, worth to ranks, ranks to factors."""
 
-from eigenprune.spectral.allocation import ALLOCATIONS, Choice, allocate
+from eigenprune.spectral.allocation import ALLOCATIONS, Allocation, Choice, allocate, solve_allocation
 from eigenprune.spectral.decompose import Components, Spectrum, components, spectrum
 from eigenprune.spectral.factored import layer_of_factors
 from eigenprune.spectral.methods import METHODS, Method, find_method
@@ -12,6 +12,7 @@ from eigenprune.spectral.worth import Options, rank_options
 __all__ = [
     "ALLOCATIONS",
     "METHODS",
+    "Allocation",
     "Choice",
     "Components",
     "Method",
@@ -25,5 +26,6 @@ __all__ = [
     "layer_of_factors",
     "pivot_factors",
     "rank_options",
+    "solve_allocation",
     "spectrum",
 ]
