@@ -26,7 +26,6 @@ from eigenprune.config import EigenpruneConfig
 from eigenprune.errors import ConfigError, WeightError
 from eigenprune.evaluate import layer_times
 from eigenprune.layers import (
-    LowRankLinear,
     dense_weight,
     factored_parameters,
     low_rank_layers,
@@ -42,7 +41,6 @@ from eigenprune.spectral import (
     Allocation,
     AllocationRow,
     Choice,
-    Components,
     Cost,
     Decomposed,
     Options,
@@ -50,7 +48,6 @@ from eigenprune.spectral import (
     find_method,
     gather_evidence,
     layer_cost,
-    layer_of_factors,
     rank_options,
     solve_allocation,
 )
@@ -167,11 +164,6 @@ def prune_(
         )
         _make_savable(model, config, report)
     return report
-
-
-def layer_of_components(module: nn.Module, found: Components, rank: int, layout: str) -> LowRankLinear:
-    """The layer that keeps the first `rank` of the components `found` of the dense `module`, in its dtype."""
-    return layer_of_factors(module, *found.truncated(rank), layout)
 
 
 def _options(
