@@ -39,9 +39,11 @@ class EigenpruneConfig(QuantizationConfigMixin):
         skip: regular expressions; layers whose name has a match stay dense.
         texts: calibration text files (plain, `.jsonl` with a field `text` or conversations under `messages`, either
             `.gz`), best of the model's use; None takes `calibration`. Never saved.
-        calibration: the text where `texts` is None: `sampled`, written by the model itself, or `python-docs`, which
-            ships with Python and costs quality. None takes `sampled` for causal language models with a key-value cache,
-            and `python-docs` for all others.
+        prior: part of the input statistics, in [0, 1], that those of random tokens make up: steadies them where the
+            text is short (distill-rank takes 0.5).
+        calibration: the text where `texts` is None: `sampled`, written by the model itself, `python-docs`, which
+            ships with Python and costs quality, or `random-tokens`, which is no text at all. None takes `sampled` for
+            causal language models with a key-value cache, and `python-docs` for all others.
         windows: how many windows of calibration text.
         window: tokens in a window.
         seed: of sampled text, and of methods that draw labels.
@@ -63,6 +65,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
     min_keep: float = 0.0
     skip: Sequence[str] = ()
     texts: Sequence[str | PathLike[str]] | None = None
+    prior: float = 0.0
     calibration: str | None = None
     windows: int = 40
     window: int = 1024
@@ -88,6 +91,8 @@ class EigenpruneConfig(QuantizationConfigMixin):
         _one_of("budget", self.budget, BUDGETS)
         if isinstance(self.min_keep, bool) or not isinstance(self.min_keep, int | float) or not 0 <= self.min_keep <= 1:
             raise ConfigError(f"min_keep={self.min_keep!r} must be in [0, 1]: the least fraction that a layer keeps")
+        if isinstance(self.prior, bool) or not isinstance(self.prior, int | float) or not 0 <= self.prior <= 1:
+            raise ConfigError(f"prior={self.prior!r} must be in [0, 1]: the part that random tokens make up")
         for name in ("rank_multiple", "windows", "window"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")

@@ -18,7 +18,6 @@ from eigenprune.calibrate import (
     Calibration,
     Statistics,
     calibration_windows,
-    collect_statistics,
     default_cache_dir,
 )
 from eigenprune.calibrate.cache import cache_key
@@ -36,10 +35,8 @@ from eigenprune.memory import page_span, release_pages, release_unused
 from eigenprune.report import LayerReport, PruneReport, base_facts, versions
 from eigenprune.spectral import (
     ALLOCATIONS,
-    GRADIENTS,
     MOST_BYTES,
     Allocation,
-    AllocationRow,
     Choice,
     Cost,
     Decomposed,
@@ -48,6 +45,8 @@ from eigenprune.spectral import (
     find_method,
     gather_evidence,
     layer_cost,
+    layer_of_factors,
+    method_statistics,
     rank_options,
     solve_allocation,
 )
@@ -115,7 +114,7 @@ def prune_(
             calibration = _calibration(model, config, tokenizer, texts, windows, where, progress)
         windows = calibration.windows
         with clock("statistics"):
-            statistics, gradients = _measured(model, config, row, chosen, calibration, where, progress)
+            statistics, gradients = _measured(model, config, row.needs, chosen, calibration, tokenizer, where, progress)
     else:
         gradients = statistics
     if method.statistics and statistics is not None:
@@ -131,31 +130,20 @@ def prune_(
     with clock("spectra"):
         options = _options(chosen, decomposed, config, where, progress)
     with clock("allocation"):
-        evidence = gather_evidence(
-            row.needs,
-            model,
-            chosen,
-            options,
-            decomposed,
-            layout=config.layout,
-            gradients=gradients,
-            windows=windows,
-            cache_dir=where,
-            progress=progress,
-        )
-        found = solve_allocation(options, config.keep, allocation, evidence)
-    choices = found.choices
+        found = _allocation(model, chosen, options, decomposed, config, allocation, gradients, windows, where, progress)
     before = _size(model)
     with clock("factors"), _undo_on_error(model, chosen if restore_on_error else {}):
-        for name in _bar([name for name in chosen if choices[name].rank], "factors", progress):
+        for name in _bar([name for name in chosen if found.choices[name].rank], "factors", progress):
             module = chosen[name] if restore_on_error else chosen.pop(name)
-            replace_module_(model, name, decomposed.layer(name, module, choices[name].rank, config.layout))
+            rank = found.choices[name].rank
+            left, right = decomposed.components(name, module, rank).truncated(rank)
+            replace_module_(model, name, layer_of_factors(module, left, right, config.layout))
             span = (0, 0) if restore_on_error else page_span(dense_weight(module))
-            del module
+            del module, left, right
             release_pages(span)
             release_unused()
         report = PruneReport(
-            layers=tuple(_layer_reports(selection.shapes, choices, skipped, config.layout)),
+            layers=tuple(_layer_reports(selection.shapes, found.choices, skipped, config.layout)),
             settings=_settings(config, found, allocation),
             calibration=statistics.facts.to_dict() if statistics is not None and method.statistics else {},
             model_parameters=(before[0], _size(model)[0]),
@@ -187,6 +175,34 @@ def _options(
     return options
 
 
+def _allocation(
+    model: nn.Module,
+    chosen: Mapping[str, nn.Module],
+    options: Mapping[str, Options],
+    decomposed: Decomposed,
+    config: EigenpruneConfig,
+    allocation: str,
+    gradients: Statistics | None,
+    windows: Tensor | None,
+    where: Path,
+    progress: bool,
+) -> Allocation:
+    """The ranks, after measuring what the allocation needs to choose them."""
+    evidence = gather_evidence(
+        ALLOCATIONS[allocation].needs,
+        model,
+        chosen,
+        options,
+        decomposed,
+        layout=config.layout,
+        gradients=gradients,
+        windows=windows,
+        cache_dir=where,
+        progress=progress,
+    )
+    return solve_allocation(options, config.keep, allocation, evidence)
+
+
 def _cost(config: EigenpruneConfig, shape: tuple[int, int], weight: Tensor, where: Path) -> Cost:
     if config.budget == "latency":
         return layer_times(shape, config.layout, dtype=weight.dtype, device=weight.device, cache_dir=where).cost
@@ -203,12 +219,17 @@ def _components_folder(
     """Where the components of this model by this method are kept for the next budget; None where they are too many."""
     if component_bytes(chosen) > MOST_BYTES:
         return None
-    settings = [repr(find_method(config.method)), str(config.seed), *map(str, vars(statistics.facts).values())]
+    settings = [
+        repr(find_method(config.method)),
+        str(config.seed),
+        str(config.prior),
+        *map(str, vars(statistics.facts).values()),
+    ]
     return where / f"components-{cache_key(model, statistics.facts.texts_hash, settings)}"
 
 
 def _settings(config: EigenpruneConfig, found: Allocation, allocation: str) -> dict[str, Any]:
-    names = ("keep", "budget", "min_keep", "method", "layout", "rank_multiple", "seed")
+    names = ("keep", "budget", "min_keep", "prior", "method", "layout", "rank_multiple", "seed")
     settings = {name: getattr(config, name) for name in names} | {"allocation": allocation, "skip": list(config.skip)}
     return settings if found.gap is None else settings | {"allocation_gap": found.gap}
 
@@ -242,36 +263,26 @@ def _calibration(
 def _measured(
     model: nn.Module,
     config: EigenpruneConfig,
-    row: AllocationRow,
+    need: str,
     layers: Mapping[str, nn.Module],
     calibration: Calibration,
+    tokenizer: Any,
     cache_dir: Path,
     progress: bool,
 ) -> tuple[Statistics | None, Statistics | None]:
-    """The statistics that the method of `config` is made of, and those with the gradients that the allocation needs."""
-    method = find_method(config.method)
-
-    def collected(kinds: tuple[str, ...], objective: str | None) -> Statistics | None:
-        if not kinds:
-            return None
-        return collect_statistics(
-            model,
-            calibration.windows,
-            layers,
-            kinds=kinds,
-            cache_dir=cache_dir,
-            seed=config.seed,
-            source=calibration.source,
-            sampling=calibration.sampling,
-            objective=objective,
-            progress=progress,
-        )
-
-    kinds = tuple(kind for need, kind in GRADIENTS.items() if need == row.needs)
-    if method.objective is None:
-        both = collected(tuple(dict.fromkeys([*method.statistics, *kinds])), None)
-        return both, both
-    return collected(method.statistics, method.objective), collected(kinds, None)
+    """The statistics that the method is made of, and those with the gradients that the allocation needs."""
+    return method_statistics(
+        model,
+        layers,
+        find_method(config.method),
+        calibration,
+        need=need,
+        prior=config.prior,
+        tokenizer=tokenizer,
+        cache_dir=cache_dir,
+        seed=config.seed,
+        progress=progress,
+    )
 
 
 def _require_layers(chosen: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> None:

@@ -90,7 +90,7 @@ def layer_times(
     if file is not None and (kept := _read(file, shape)) is not None:
         return kept
     side = min(shape)
-    ranks = sorted({max(1, round(part * side)) for part in RANK_STEPS})
+    ranks = sorted({max(1, min(side - 1, round(part * side))) for part in RANK_STEPS})  # a full pivot has no mix
     makers: list[Callable[[], nn.Module]] = [
         lambda: nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=dtype),
         *(_factored_maker(shape, rank, layout, dtype, device) for rank in ranks),

@@ -14,6 +14,7 @@ from eigenprune.spectral.decompose import Components, Spectrum, components, spec
 from eigenprune.spectral.decomposed import MOST_BYTES, Decomposed, component_bytes
 from eigenprune.spectral.evidence import GRADIENTS, gather_evidence
 from eigenprune.spectral.factored import layer_of_factors
+from eigenprune.spectral.measure import method_statistics
 from eigenprune.spectral.methods import METHODS, Method, find_method
 from eigenprune.spectral.metric import Metric, layer_metric
 from eigenprune.spectral.ordered import first_order_changes, ordered_components, ordered_spectrum
@@ -46,6 +47,7 @@ __all__ = [
     "layer_cost",
     "layer_metric",
     "layer_of_factors",
+    "method_statistics",
     "ordered_components",
     "ordered_spectrum",
     "parameter_cost",

@@ -48,13 +48,12 @@ class Case:
     keep: float
     evidence: Evidence
 
-    def measured(self, kind: str) -> list[float]:
-        """The figure of `kind` (`fisher`, `influence`) of every matrix.
+    def of_all(self, kind: str, values: Mapping[str, float]) -> list[float]:
+        """The `values` of all matrices, measurements of `kind`.
 
         Raises:
-            ConfigError: it was not measured for all of them.
+            ConfigError: one has none.
         """
-        values: Mapping[str, float] = getattr(self.evidence, kind)
         missing = [name for name in self.options if name not in values]
         if missing:
             raise ConfigError(

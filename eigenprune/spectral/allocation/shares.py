@@ -22,7 +22,7 @@ def uniform(case: Case) -> Solution:
 
 def fisher(case: Case) -> Solution:
     """Shares in proportion to the Fisher information of the weights (Palu, arXiv 2407.21118), none above dense."""
-    weights = torch.tensor(case.measured("fisher"), dtype=torch.float64)
+    weights = torch.tensor(case.of_all("Fisher information", case.evidence.fisher), dtype=torch.float64)
     return _weighted(case, weights, case.budget, torch.zeros_like(weights))
 
 
@@ -33,7 +33,7 @@ def swift(case: Case) -> Solution:
     the model; `eps` the error of the outputs over the calibration tokens at uniform ranks. The paper chooses alpha on a
     validation set of 11 candidates; here it is 0.5.
     """
-    influence = torch.tensor(case.measured("influence"), dtype=torch.float64)
+    influence = torch.tensor(case.of_all("influence", case.evidence.influence), dtype=torch.float64)
     spread = float(influence.max() - influence.min())
     importance = 1 + (influence - influence.min()) / spread if spread > 0 else torch.ones_like(influence)
     errors = _errors_at_uniform(case)
