@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity of pruned SmolLM2-135M-Instruct: every method x layout x allocation at keep 0.9, 0.8, 0.6.
+"""Perplexity of pruned SmolLM2-135M-Instruct: methods x layouts x allocations at keep 0.9, 0.8, 0.6.
+
+Every method with its own allocation, the global and the uniform one; the default method with every allocation.
 
 Protocol. Calibration: the first 1024 tokens of each of the first 64 rows of WikiText-2 `train_samples`; besides, the
 default method on 64 windows of `wiki_passages` and of the text that ships with Python, to show what another
 domain costs. Evaluation: 24 windows of 1024 tokens at even spacing over the raw WikiText-2 test text, no BOS, float32.
 
-Rows go to a JSONL file as they are measured; rows that are there already are not measured again.
+Rows go to a JSONL file as they are measured; rows that are there already are not measured again, or with
+`--this-commit` those that this commit measured.
 
-    python benchmarks/quality.py                      # all rows, about an hour on 2 cores
+    python benchmarks/quality.py                      # all rows, some hours on 2 cores
     python benchmarks/quality.py --methods kfac --keep 0.8
+    python benchmarks/quality.py --methods zs io --layouts pair --allocations own
+    python benchmarks/quality.py --calibration-windows 8 --evaluation-windows 4 --out /tmp/small.jsonl
     python benchmarks/quality.py --table              # print the rows kept so far as a Markdown table
 """
 
@@ -18,6 +23,7 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,17 +48,25 @@ from eigenprune.calibrate import (
 )
 from eigenprune.evaluate import perplexity, spaced_windows
 from eigenprune.layers import dense_weight, replace_module_, select_layers
-from eigenprune.prune import layer_of_components
-from eigenprune.spectral import METHODS, Components, allocate, components, layer_metric, rank_options, spectrum
+from eigenprune.spectral import (
+    ALLOCATIONS,
+    GRADIENTS,
+    METHODS,
+    Decomposed,
+    gather_evidence,
+    rank_options,
+    solve_allocation,
+)
 
 KEEP = (0.9, 0.8, 0.6)
 LAYOUTS = ("pivot", "pair")
-ALLOCATIONS = ("global", "uniform")
+SHARED_ALLOCATIONS = ("global", "uniform")
 WINDOW = 1024
 CALIBRATION_WINDOWS = 64
 EVALUATION_WINDOWS = 24
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 KEY = ("calibration", "method", "layout", "allocation", "keep")
+COUNTS = {"calibration_windows": CALIBRATION_WINDOWS, "evaluation_windows": EVALUATION_WINDOWS}  # of older rows
 
 
 @dataclass(frozen=True)
@@ -67,79 +81,110 @@ class Row:
 
 
 def all_rows() -> Iterator[Row]:
-    """The default first, then its other domains, then everything else."""
-    rest = [Row("wikitext2", m, lo, a, k) for m in METHODS for lo in LAYOUTS for a in ALLOCATIONS for k in KEEP]
-    yield from [row for row in rest if (row.method, row.layout, row.allocation) == ("kfac", "pivot", "global")]
+    """The default first, then its other domains, then everything else; no row twice."""
+    default = ("kfac", "pivot", "global")
+    rest = [
+        Row("wikitext2", method, layout, allocation, keep)
+        for method, own in METHODS.items()
+        for layout in LAYOUTS
+        for allocation in dict.fromkeys([own.allocation, *SHARED_ALLOCATIONS])
+        for keep in KEEP
+    ]
+    rest += [Row("wikitext2", "kfac", "pivot", allocation, keep) for allocation in ALLOCATIONS for keep in KEEP]
+    rows = [row for row in rest if (row.method, row.layout, row.allocation) == default]
     for name in ("wiki_passages", BUILTIN):
-        yield from (Row(name, "kfac", "pivot", "global", keep) for keep in KEEP)
-    yield from [row for row in rest if (row.method, row.layout, row.allocation) != ("kfac", "pivot", "global")]
+        rows += [Row(name, *default, keep) for keep in KEEP]
+    yield from dict.fromkeys(rows + rest)
 
 
 class Bench:
     """The model, its statistics and components, kept between rows that share them."""
 
-    def __init__(self, model_folder: Path, shared: Path) -> None:
+    def __init__(
+        self,
+        model_folder: Path,
+        shared: Path,
+        calibration_windows: int = CALIBRATION_WINDOWS,
+        evaluation_windows: int = EVALUATION_WINDOWS,
+    ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self.shared = shared
+        self.counts = {"calibration_windows": calibration_windows, "evaluation_windows": evaluation_windows}
         self.layers = select_layers(self.model).chosen
         text = read_texts([shared / "data/wikitext2/test_raw.txt.gz"])[0]
-        self.windows = spaced_windows(torch.tensor(token_ids(self.tokenizer, text)), WINDOW, EVALUATION_WINDOWS)
-        self._statistics: dict[str, Statistics] = {}
-        self._parts: tuple[tuple[str, str], dict[str, Components], dict[str, Any]] | None = None
+        self.windows = spaced_windows(torch.tensor(token_ids(self.tokenizer, text)), WINDOW, evaluation_windows)
+        self._decomposed: tuple[tuple[str, str], Decomposed, tempfile.TemporaryDirectory[str]] | None = None
 
     def dense(self) -> dict[str, Any]:
         """Perplexity of the dense model."""
-        return {"method": "dense", "keep": 1.0, **perplexity(self.model, self.windows).to_dict()}
+        return {"method": "dense", "keep": 1.0, **self.counts, **perplexity(self.model, self.windows).to_dict()}
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Prune as `row` says, and measure."""
-        parts, spectra = self._decomposed(row.calibration, row.method)
+        decomposed = self._decompose(row.calibration, row.method)
         options = {
-            n: rank_options(tuple(dense_weight(m).shape), spectra[n], row.layout, 8) for n, m in self.layers.items()
+            name: rank_options(tuple(dense_weight(m).shape), decomposed.spectrum(name, m), row.layout, 8)
+            for name, m in self.layers.items()
         }
-        choices = allocate(options, row.keep, row.allocation)
-        pruned = copy.deepcopy(self.model)
         began = time.perf_counter()
+        need = ALLOCATIONS[row.allocation].needs
+        evidence = gather_evidence(
+            need,
+            self.model,
+            self.layers,
+            options,
+            decomposed,
+            layout=row.layout,
+            gradients=self._collected(row.calibration, (GRADIENTS[need],), None) if need in GRADIENTS else None,
+            windows=self.calibration_windows(row.calibration) if need else None,
+            cache_dir=default_cache_dir(),
+        )
+        evidence_seconds, began = time.perf_counter() - began, time.perf_counter()
+        found = solve_allocation(options, row.keep, row.allocation, evidence)
+        allocation_seconds, began = time.perf_counter() - began, time.perf_counter()
+        pruned = copy.deepcopy(self.model)
         for name, module in self.layers.items():
-            if choices[name].rank:
-                found = Components(parts[name].left.double(), parts[name].right.double())
-                replace_module_(pruned, name, layer_of_components(module, found, choices[name].rank, row.layout))
-        seconds = time.perf_counter() - began
-        kept = sum(choice.cost for choice in choices.values())
+            if rank := found.choices[name].rank:
+                replace_module_(pruned, name, decomposed.layer(name, module, rank, row.layout))
         dense = sum(dense_weight(module).numel() for module in self.layers.values())
         facts = {
-            "kept": kept / dense,
-            "estimated_loss": sum(c.loss for c in choices.values()),
-            "factor_seconds": seconds,
+            "kept": sum(choice.cost for choice in found.choices.values()) / dense,
+            "estimated_loss": found.loss,
+            "allocation_gap": found.gap,
+            "evidence_seconds": evidence_seconds,
+            "allocation_seconds": allocation_seconds,
+            "factor_seconds": time.perf_counter() - began,
         }
-        return {**vars(row), **facts, **perplexity(pruned, self.windows).to_dict()}
+        return {**vars(row), **self.counts, **facts, **perplexity(pruned, self.windows).to_dict()}
 
-    def _decomposed(self, calibration: str, method: str) -> tuple[dict[str, Components], dict[str, Any]]:
-        if self._parts is None or self._parts[0] != (calibration, method):
-            self._parts = None
-            statistics = self._collected(calibration) if METHODS[method].statistics else None
-            parts, spectra = {}, {}
-            for name, module in self.layers.items():
-                metric = layer_metric(METHODS[method], statistics, name)
-                weight = dense_weight(module).detach()
-                spectra[name] = spectrum(weight, metric)
-                found = components(weight, metric)
-                parts[name] = Components(found.left.float(), found.right.float())  # half the memory, and enough digits
-            self._parts = ((calibration, method), parts, spectra)
-        return self._parts[1], self._parts[2]
+    def _decompose(self, calibration: str, method: str) -> Decomposed:
+        if self._decomposed is None or self._decomposed[0] != (calibration, method):
+            if self._decomposed is not None:
+                self._decomposed[2].cleanup()
+            row = METHODS[method]
+            statistics = self._collected(calibration, row.statistics, row.objective) if row.statistics else None
+            folder = tempfile.TemporaryDirectory()
+            self._decomposed = (calibration, method), Decomposed(row, statistics, 0, Path(folder.name)), folder
+        return self._decomposed[1]
 
-    def _collected(self, calibration: str) -> Statistics:
-        if calibration not in self._statistics:
-            windows = self.calibration_windows(calibration)
-            self._statistics[calibration] = collect_statistics(
-                self.model, windows, self.layers, cache_dir=default_cache_dir(), source=calibration
-            )
-        return self._statistics[calibration]
+    def _collected(self, calibration: str, kinds: tuple[str, ...], objective: str | None) -> Statistics:
+        if set(kinds) <= {"input_gram", "output_gram"}:
+            kinds = ("input_gram", "output_gram")  # one measurement for most methods
+        return collect_statistics(
+            self.model,
+            self.calibration_windows(calibration),
+            self.layers,
+            kinds=kinds,
+            cache_dir=default_cache_dir(),
+            source=calibration,
+            objective=objective,
+        )
 
     def calibration_windows(self, calibration: str) -> Tensor:
-        """[64, 1024] token ids of the text of that name."""
-        return cut_windows(self.tokenizer, self.texts(calibration), count=CALIBRATION_WINDOWS, window=WINDOW)
+        """[windows, 1024] token ids of the text of that name."""
+        count = self.counts["calibration_windows"]
+        return cut_windows(self.tokenizer, self.texts(calibration), count=count, window=WINDOW)
 
     def texts(self, calibration: str) -> list[str]:
         """The documents of that name."""
@@ -155,6 +200,23 @@ def kept_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def row_counts(row: dict[str, Any]) -> dict[str, int]:
+    """How many windows a row was calibrated and measured on."""
+    return {key: row.get(key, default) for key, default in COUNTS.items()}
+
+
+def is_wanted(row: Row, options: argparse.Namespace) -> bool:
+    """Whether the command line asks for `row`."""
+    allocations = [METHODS[row.method].allocation if name == "own" else name for name in options.allocations]
+    return (
+        row.method in options.methods
+        and row.keep in options.keep
+        and row.calibration in options.calibration
+        and row.layout in options.layouts
+        and row.allocation in allocations
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -183,6 +245,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--keep", nargs="*", type=float, default=list(KEEP))
     parser.add_argument("--calibration", nargs="*", default=["wikitext2", "wiki_passages", BUILTIN])
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
+    parser.add_argument("--allocations", nargs="*", default=list(ALLOCATIONS), help="names; `own`: each method's")
+    parser.add_argument("--calibration-windows", type=int, default=CALIBRATION_WINDOWS)
+    parser.add_argument("--evaluation-windows", type=int, default=EVALUATION_WINDOWS)
+    parser.add_argument("--this-commit", action="store_true", help="measure again what other commits have measured")
     parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
@@ -195,8 +262,11 @@ def main() -> None:
     if shared is None:
         sys.exit("quality.py needs the texts of the shared folder: set EIGENPRUNE_SHARED")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(get_smollm2(options.models), shared)
-    done = {tuple(row.get(key) for key in KEY) for row in rows}
+    bench = Bench(get_smollm2(options.models), shared, options.calibration_windows, options.evaluation_windows)
+    commit = environment()["commit"]
+    now = [row for row in rows if row_counts(row) == bench.counts]
+    now = [row for row in now if not options.this_commit or row["commit"] == commit]
+    done = {tuple(row.get(key) for key in KEY) for row in now}
     with options.out.open("a", encoding="utf-8") as out:
 
         def keep_row(row: dict[str, Any]) -> None:
@@ -204,13 +274,10 @@ def main() -> None:
             out.flush()
             rows.append(row)
 
-        if not any(row["method"] == "dense" for row in rows):
+        if not any(row["method"] == "dense" for row in now):
             keep_row(bench.dense())
         for row in all_rows():
-            wanted = (
-                row.method in options.methods and row.keep in options.keep and row.calibration in options.calibration
-            )
-            if wanted and tuple(vars(row).values()) not in done:
+            if is_wanted(row, options) and tuple(vars(row).values()) not in done:
                 keep_row(bench.measure(row))
                 print(f"{row} perplexity {rows[-1]['perplexity']:.3f}", file=sys.stderr)
     print(table(rows))

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from eigenprune.calibrate import SOURCES
 from eigenprune.errors import ConfigError
 from eigenprune.layers import LAYOUTS
-from eigenprune.spectral import ALLOCATIONS, find_method
+from eigenprune.spectral import ALLOCATIONS, BUDGETS, find_method
 
 QUANT_METHOD = "eigenprune"
 FORMAT_VERSION = 1
@@ -25,19 +25,25 @@ class EigenpruneConfig(QuantizationConfigMixin):
     """How to prune a model; given to `from_pretrained(..., quantization_config=...)`, or to `prune_`.
 
     Args:
-        keep: kept fraction of the parameters of the pruned linear layers, in (0, 1]. Embeddings, heads and norms do not
-            count.
-        method: a row of the method table: `kfac` (default), `svd-llm`, `asvd`, `svd`. All but `svd` measure the model
-            on text; `svd` alone is data-free, and no usable method for language models.
+        keep: kept fraction of the parameters (see `budget`) of the pruned linear layers, in (0, 1]. Embeddings, heads
+            and norms do not count.
+        budget: what `keep` is a fraction of: `parameters` (default), `bytes`, `flops` (multiplications and additions a
+            token), or `latency`, the time of the layers on one token, measured on this machine.
+        min_keep: no layer keeps a smaller fraction of its parameters than this; 0 sets no limit.
+        method: a row of the method table: `kfac` (default), and the published ones. All but the baselines `svd` and
+            `random` measure the model on text; these are no usable methods for language models.
         layout: `pivot` (default) or `pair`, see `LowRankLinear`.
-        allocation: `global` or `uniform` ranks; None takes the method's own.
+        allocation: how ranks are shared out: `global` (the least estimated loss, exact), `uniform`, or a published
+            way; None takes the method's own.
         rank_multiple: ranks are multiples of this; hardware likes 8 and more.
         skip: regular expressions; layers whose name has a match stay dense.
         texts: calibration text files (plain, `.jsonl` with a field `text` or conversations under `messages`, either
             `.gz`), best of the model's use; None takes `calibration`. Never saved.
-        calibration: the text where `texts` is None: `sampled`, written by the model itself, or `python-docs`, which
-            ships with Python and costs quality. None takes `sampled` for causal language models with a key-value cache,
-            and `python-docs` for all others.
+        prior: part of the input statistics, in [0, 1], that those of random tokens make up: steadies them where the
+            text is short (distill-rank takes 0.5).
+        calibration: the text where `texts` is None: `sampled`, written by the model itself, `python-docs`, which
+            ships with Python and costs quality, or `random-tokens`, which is no text at all. None takes `sampled` for
+            causal language models with a key-value cache, and `python-docs` for all others.
         windows: how many windows of calibration text.
         window: tokens in a window.
         seed: of sampled text, and of methods that draw labels.
@@ -55,8 +61,11 @@ class EigenpruneConfig(QuantizationConfigMixin):
     layout: str = "pivot"
     allocation: str | None = None
     rank_multiple: int = 8
+    budget: str = "parameters"
+    min_keep: float = 0.0
     skip: Sequence[str] = ()
     texts: Sequence[str | PathLike[str]] | None = None
+    prior: float = 0.0
     calibration: str | None = None
     windows: int = 40
     window: int = 1024
@@ -79,6 +88,11 @@ class EigenpruneConfig(QuantizationConfigMixin):
         _one_of("layout", self.layout, LAYOUTS)
         if self.allocation is not None:
             _one_of("allocation", self.allocation, tuple(ALLOCATIONS))
+        _one_of("budget", self.budget, BUDGETS)
+        if isinstance(self.min_keep, bool) or not isinstance(self.min_keep, int | float) or not 0 <= self.min_keep <= 1:
+            raise ConfigError(f"min_keep={self.min_keep!r} must be in [0, 1]: the least fraction that a layer keeps")
+        if isinstance(self.prior, bool) or not isinstance(self.prior, int | float) or not 0 <= self.prior <= 1:
+            raise ConfigError(f"prior={self.prior!r} must be in [0, 1]: the part that random tokens make up")
         for name in ("rank_multiple", "windows", "window"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")

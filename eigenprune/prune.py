@@ -18,14 +18,15 @@ from eigenprune.calibrate import (
     Calibration,
     Statistics,
     calibration_windows,
-    collect_statistics,
     default_cache_dir,
 )
+from eigenprune.calibrate.cache import cache_key
 from eigenprune.config import EigenpruneConfig
 from eigenprune.errors import ConfigError, WeightError
+from eigenprune.evaluate import layer_times
 from eigenprune.layers import (
-    LowRankLinear,
     dense_weight,
+    factored_parameters,
     low_rank_layers,
     replace_module_,
     select_layers,
@@ -33,17 +34,21 @@ from eigenprune.layers import (
 from eigenprune.memory import page_span, release_pages, release_unused
 from eigenprune.report import LayerReport, PruneReport, base_facts, versions
 from eigenprune.spectral import (
+    ALLOCATIONS,
+    MOST_BYTES,
+    Allocation,
     Choice,
-    Components,
-    Metric,
+    Cost,
+    Decomposed,
     Options,
-    allocate,
-    components,
+    component_bytes,
     find_method,
-    layer_metric,
+    gather_evidence,
+    layer_cost,
     layer_of_factors,
+    method_statistics,
     rank_options,
-    spectrum,
+    solve_allocation,
 )
 
 DATA_FREE_WARNING = (
@@ -101,41 +106,45 @@ def prune_(
     _require_layers(chosen, skipped)
     _check_weights(chosen)
 
-    if method.statistics and statistics is None:
-        where = cache_dir or default_cache_dir()
+    row = ALLOCATIONS[allocation]
+    where = cache_dir or default_cache_dir()
+    own = statistics is None  # measured here, so that what is made of them has a name in the cache
+    if (method.statistics and own) or (row.needs and windows is None and own):
         with clock("texts"):
             calibration = _calibration(model, config, tokenizer, texts, windows, where, progress)
+        windows = calibration.windows
         with clock("statistics"):
-            statistics = _measured(model, config, chosen, calibration, where, progress)
+            statistics, gradients = _measured(model, config, row.needs, chosen, calibration, tokenizer, where, progress)
+    else:
+        gradients = statistics
     if method.statistics and statistics is not None:
         for name in [name for name in chosen if name not in statistics]:
             skipped[name] = "did not run on the calibration text"
             del chosen[name]
     if not method.statistics:
-        warnings.warn(DATA_FREE_WARNING, stacklevel=2)
+        warnings.warn(DATA_FREE_WARNING.replace("'svd'", repr(config.method), 1), stacklevel=2)
     _require_layers(chosen, skipped)
 
+    folder = _components_folder(model, config, chosen, statistics, where) if own and statistics is not None else None
+    decomposed = Decomposed(method, statistics, config.seed, folder)
     with clock("spectra"):
-        options: dict[str, Options] = {}
-        for name in _bar(list(chosen), "spectra", progress):
-            weight = dense_weight(chosen[name]).detach()
-            values = spectrum(weight, layer_metric(method, statistics, name, weight.device))
-            options[name] = rank_options(selection.shapes[name], values, config.layout, config.rank_multiple)
-            release_unused()
-        choices = allocate(options, config.keep, allocation)
+        options = _options(chosen, decomposed, config, where, progress)
+    with clock("allocation"):
+        found = _allocation(model, chosen, options, decomposed, config, allocation, gradients, windows, where, progress)
     before = _size(model)
     with clock("factors"), _undo_on_error(model, chosen if restore_on_error else {}):
-        for name in _bar([name for name in chosen if choices[name].rank], "factors", progress):
+        for name in _bar([name for name in chosen if found.choices[name].rank], "factors", progress):
             module = chosen[name] if restore_on_error else chosen.pop(name)
-            metric = layer_metric(method, statistics, name, dense_weight(module).device)
-            replace_module_(model, name, factored_layer(module, metric, choices[name].rank, config.layout))
+            rank = found.choices[name].rank
+            left, right = decomposed.components(name, module, rank).truncated(rank)
+            replace_module_(model, name, layer_of_factors(module, left, right, config.layout))
             span = (0, 0) if restore_on_error else page_span(dense_weight(module))
-            del module, metric
+            del module, left, right
             release_pages(span)
             release_unused()
         report = PruneReport(
-            layers=tuple(_layer_reports(selection.shapes, choices, skipped, config.layout)),
-            settings=_settings(config, allocation),
+            layers=tuple(_layer_reports(selection.shapes, found.choices, skipped, config.layout)),
+            settings=_settings(config, found, allocation),
             calibration=statistics.facts.to_dict() if statistics is not None and method.statistics else {},
             model_parameters=(before[0], _size(model)[0]),
             model_bytes=(before[1], _size(model)[1]),
@@ -145,20 +154,84 @@ def prune_(
     return report
 
 
-def factored_layer(module: nn.Module, metric: Metric, rank: int, layout: str) -> LowRankLinear:
-    """The layer that keeps the first `rank` components in `metric` of the dense `module`, in its dtype."""
-    found = components(dense_weight(module).detach(), metric, rank)
-    return layer_of_components(module, found, rank, layout)
+def _options(
+    chosen: Mapping[str, nn.Module], decomposed: Decomposed, config: EigenpruneConfig, where: Path, progress: bool
+) -> dict[str, Options]:
+    """What every rank of every layer costs, in the unit of the budget, and loses."""
+    options: dict[str, Options] = {}
+    for name in _bar(list(chosen), "spectra", progress):
+        found = decomposed.spectrum(name, chosen[name])
+        weight = dense_weight(chosen[name])
+        shape = (weight.shape[0], weight.shape[1])
+        options[name] = rank_options(
+            shape,
+            found,
+            config.layout,
+            config.rank_multiple,
+            cost=_cost(config, shape, weight, where),
+            min_keep=config.min_keep,
+        )
+        release_unused()
+    return options
 
 
-def layer_of_components(module: nn.Module, found: Components, rank: int, layout: str) -> LowRankLinear:
-    """As `factored_layer`, where the components of the dense `module` are known."""
-    return layer_of_factors(module, *found.truncated(rank), layout)
+def _allocation(
+    model: nn.Module,
+    chosen: Mapping[str, nn.Module],
+    options: Mapping[str, Options],
+    decomposed: Decomposed,
+    config: EigenpruneConfig,
+    allocation: str,
+    gradients: Statistics | None,
+    windows: Tensor | None,
+    where: Path,
+    progress: bool,
+) -> Allocation:
+    """The ranks, after measuring what the allocation needs to choose them."""
+    evidence = gather_evidence(
+        ALLOCATIONS[allocation].needs,
+        model,
+        chosen,
+        options,
+        decomposed,
+        layout=config.layout,
+        gradients=gradients,
+        windows=windows,
+        cache_dir=where,
+        progress=progress,
+    )
+    return solve_allocation(options, config.keep, allocation, evidence)
 
 
-def _settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:
-    names = ("keep", "method", "layout", "rank_multiple", "seed")
-    return {name: getattr(config, name) for name in names} | {"allocation": allocation, "skip": list(config.skip)}
+def _cost(config: EigenpruneConfig, shape: tuple[int, int], weight: Tensor, where: Path) -> Cost:
+    if config.budget == "latency":
+        return layer_times(shape, config.layout, dtype=weight.dtype, device=weight.device, cache_dir=where).cost
+    return layer_cost(config.budget, shape, config.layout, weight.element_size())
+
+
+def _components_folder(
+    model: nn.Module,
+    config: EigenpruneConfig,
+    chosen: Mapping[str, nn.Module],
+    statistics: Statistics,
+    where: Path,
+) -> Path | None:
+    """Where the components of this model by this method are kept for the next budget; None where they are too many."""
+    if component_bytes(chosen) > MOST_BYTES:
+        return None
+    settings = [
+        repr(find_method(config.method)),
+        str(config.seed),
+        str(config.prior),
+        *map(str, vars(statistics.facts).values()),
+    ]
+    return where / f"components-{cache_key(model, statistics.facts.texts_hash, settings)}"
+
+
+def _settings(config: EigenpruneConfig, found: Allocation, allocation: str) -> dict[str, Any]:
+    names = ("keep", "budget", "min_keep", "prior", "method", "layout", "rank_multiple", "seed")
+    settings = {name: getattr(config, name) for name in names} | {"allocation": allocation, "skip": list(config.skip)}
+    return settings if found.gap is None else settings | {"allocation_gap": found.gap}
 
 
 def _calibration(
@@ -190,21 +263,24 @@ def _calibration(
 def _measured(
     model: nn.Module,
     config: EigenpruneConfig,
+    need: str,
     layers: Mapping[str, nn.Module],
     calibration: Calibration,
+    tokenizer: Any,
     cache_dir: Path,
     progress: bool,
-) -> Statistics:
-    """The statistics that the method of `config` is made of."""
-    return collect_statistics(
+) -> tuple[Statistics | None, Statistics | None]:
+    """The statistics that the method is made of, and those with the gradients that the allocation needs."""
+    return method_statistics(
         model,
-        calibration.windows,
         layers,
-        kinds=find_method(config.method).statistics,
+        find_method(config.method),
+        calibration,
+        need=need,
+        prior=config.prior,
+        tokenizer=tokenizer,
         cache_dir=cache_dir,
         seed=config.seed,
-        source=calibration.source,
-        sampling=calibration.sampling,
         progress=progress,
     )
 
@@ -256,9 +332,10 @@ def _layer_reports(
         if choice is None:
             yield LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], None, skipped[name])
         elif choice.rank == 0:
-            yield LayerReport(name, shape, "dense", min(shape), choice.cost, choice.loss, "worth all its parameters")
+            yield LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], choice.loss, "worth all its cost")
         else:
-            yield LayerReport(name, shape, layout, choice.rank, choice.cost, choice.loss)
+            parameters = factored_parameters(choice.rank, *shape, layout)
+            yield LayerReport(name, shape, layout, choice.rank, parameters, choice.loss)
 
 
 def _make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneReport) -> None:

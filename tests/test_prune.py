@@ -163,7 +163,7 @@ def test_failure_while_factoring_gives_every_dense_layer_back(
     model = tiny_model("gpt2").train()
     before, output = _picture(model), logits(model.eval())
     model.train()
-    real, done = main_path.components, []
+    real, done = main_path.layer_of_factors, []
 
     def flaky(*args: Any, **kwargs: Any) -> Any:
         done.append(1)
@@ -171,7 +171,7 @@ def test_failure_while_factoring_gives_every_dense_layer_back(
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(main_path, "components", flaky)
+    monkeypatch.setattr(main_path, "layer_of_factors", flaky)
     with pytest.raises(type(error)):
         _prune(model, allocation="uniform")
     assert len(done) == failing + 1  # it did get that far

@@ -3,6 +3,7 @@
 
 from eigenprune.calibrate.cache import default_cache_dir
 from eigenprune.calibrate.collect import collect_statistics
+from eigenprune.calibrate.prior import PRIOR, blended, prior_windows
 from eigenprune.calibrate.sampled import SAMPLED, Sampling, can_sample, sample_windows
 from eigenprune.calibrate.source import SOURCES, Calibration, calibration_windows
 from eigenprune.calibrate.statistics import Statistics
@@ -11,18 +12,21 @@ from eigenprune.calibrate.windows import SEPARATOR, cut_windows, token_ids
 
 __all__ = [
     "BUILTIN",
+    "PRIOR",
     "SAMPLED",
     "SEPARATOR",
     "SOURCES",
     "Calibration",
     "Sampling",
     "Statistics",
+    "blended",
     "builtin_texts",
     "calibration_windows",
     "can_sample",
     "collect_statistics",
     "cut_windows",
     "default_cache_dir",
+    "prior_windows",
     "read_texts",
     "row_texts",
     "sample_windows",

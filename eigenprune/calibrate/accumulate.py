@@ -26,6 +26,7 @@ class Accumulator:
         outputs: the layers whose output gradients are summed.
         kinds: what to sum, see `collect_statistics`.
         drop_edges: whether output Grams leave out the ends of a window.
+        clip: whether they clip the norms of outliers.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class Accumulator:
         outputs: Sequence[str],
         kinds: Sequence[str],
         drop_edges: bool,
+        clip: bool = True,
     ) -> None:
         self.layers, self.inputs, self.outputs = layers, inputs, outputs
-        self.drop_edges = drop_edges
+        self.drop_edges, self.clip = drop_edges, clip
         self.grams: dict[str, GramSum] = {}
         self.plain: dict[str, Tensor] = {}  # sums that are no Gram
         self.counts: dict[str, int] = {}
@@ -54,6 +56,8 @@ class Accumulator:
             if "weight_gradient" in kinds:
                 self._zeros(f"weight_gradient.{layer}", layer, height, width)
                 self._zeros(f"output_gradient_mean.{layer}", layer, height)
+            if "weight_gradient_square" in kinds:
+                self._zeros(f"weight_gradient_square.{layer}", layer, width)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -124,7 +128,8 @@ class Accumulator:
     def _output_hook(self, layer: str) -> Callable[..., None]:
         def watch(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad and not self._recomputing:
-                x = args[0].detach() if f"weight_gradient.{layer}" in self.plain else None
+                wanted = (f"weight_gradient.{layer}", f"weight_gradient_square.{layer}")
+                x = args[0].detach() if any(name in self.plain for name in wanted) else None
                 output.register_hook(lambda gradient: self._add_output(layer, gradient, x))
 
         return watch
@@ -132,7 +137,11 @@ class Accumulator:
     @torch.no_grad()
     def _add_output(self, layer: str, gradient: Tensor, x: Tensor | None) -> None:
         with torch.autocast(gradient.device.type, enabled=False):
-            if x is not None:
+            if x is not None and f"weight_gradient_square.{layer}" in self.plain:
+                square = (gradient.flatten(0, -2).float().t() @ x.flatten(0, -2).float()).square()
+                self.plain[f"weight_gradient_square.{layer}"] += square.mean(0)
+                self.counts[f"weight_gradient_square.{layer}"] += 1
+            if x is not None and f"weight_gradient.{layer}" in self.plain:
                 rows = gradient.flatten(0, -2).float()
                 self.plain[f"weight_gradient.{layer}"].addmm_(rows.t(), x.flatten(0, -2).float())
                 self.plain[f"output_gradient_mean.{layer}"] += rows.sum(0)
@@ -141,7 +150,9 @@ class Accumulator:
             if f"output_gram.{layer}" in self.grams:
                 if gradient.ndim > 2:
                     gradient = gradient[:, inner_positions(gradient.shape[1], self.drop_edges)]
-                rows = clip_norms_(gradient.flatten(0, -2).to(torch.float32, copy=True), *CLIP)
+                rows = gradient.flatten(0, -2).to(torch.float32, copy=True)
+                if self.clip:
+                    clip_norms_(rows, *CLIP)
                 self.grams[f"output_gram.{layer}"].add(rows)
                 self.counts[f"output_gram.{layer}"] += rows.shape[0]
 

@@ -18,7 +18,7 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
     asks for training mode, and dropout has no place in a measurement.
     """
     wrapped: list[tuple[nn.Module, Callable[..., Any] | None]] = []
-    for block in _blocks(model):
+    for block in blocks_of(model):
         own = block.__dict__.get("forward")  # set by accelerate's hooks
         wrapped.append((block, own))
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -32,7 +32,8 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
                 block.forward = own
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The items of the outermost `ModuleList`s: the layers of a transformer."""
     blocks: list[nn.Module] = []
     pending = [model]
     while pending:

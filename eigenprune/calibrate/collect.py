@@ -15,13 +15,14 @@ from eigenprune.calibrate.accumulate import Accumulator, inner_positions
 from eigenprune.calibrate.cache import PassFile, cache_key, windows_hash
 from eigenprune.calibrate.checkpointing import checkpointed_blocks
 from eigenprune.calibrate.inputs import shared_inputs
+from eigenprune.calibrate.kl_curvature import named_objective
 from eigenprune.calibrate.objective import Objective, model_inputs, objective_for
 from eigenprune.calibrate.statistics import Facts, SafetensorsFolder, Statistics
 from eigenprune.errors import CalibrationError, WeightError
 from eigenprune.layers import dense_weight
 from eigenprune.memory import release_unused
 
-KINDS = ("input_gram", "output_gram", "weight_gradient")
+KINDS = ("input_gram", "output_gram", "weight_gradient", "weight_gradient_square")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def collect_statistics(
     seed: int = 0,
     source: str = "",
     sampling: Mapping[str, Any] | None = None,
+    objective: str | None = None,
     progress: bool = True,
 ) -> Statistics:
     """Statistics of `layers` over token `windows`, summed in float32 while they stream by.
@@ -58,13 +60,16 @@ def collect_statistics(
         model: a transformers model; weights, gradient flags and mode are as before afterwards.
         windows: [windows, window] int64 token ids.
         layers: the dense layers to measure, by name.
-        kinds: of `input_gram` (with means), `output_gram`, `weight_gradient` (with the mean output gradient).
+        kinds: of `input_gram` (with means), `output_gram`, `weight_gradient` (with the mean output gradient),
+            `weight_gradient_square`.
         cache_dir: where finished and half-finished sums are kept, in a folder named after a hash of model, windows
             and settings; a killed run goes on where it last saved. None keeps all in memory, in one pass.
         memory_bytes: bound on the sums held at once, in bytes.
         seed: of the labels drawn for models without text labels.
         source: a word on where the texts come from, for the report.
         sampling: how they were sampled, if they were, for the report.
+        objective: what the gradients are of: None for the model's own loss, or `top-tokens-kl` for draws whose second
+            moments are the curvature of the KL divergence over the likeliest tokens, see `top_tokens_kl`.
         progress: show a bar on standard error.
 
     Raises:
@@ -72,7 +77,7 @@ def collect_statistics(
         WeightError: a layer saw or produced NaN or infinity.
     """
     _check_arguments(model, windows, layers, kinds)
-    name, objective = objective_for(model)
+    name, wanted = objective_for(model) if objective is None else (objective, named_objective(objective))
     backward = any(kind != "input_gram" for kind in kinds)
     with _calibration_mode(model, backward) as autocast_dtype:
         groups = shared_inputs(model, windows[:1].to(_device(model)), layers)
@@ -98,10 +103,11 @@ def collect_statistics(
         files: list[Path] = []
         tensors: Mapping[str, Tensor] = {}
         for number, plan in enumerate(plans):
-            accumulator = Accumulator(layers, plan.inputs, plan.outputs, kinds, drop_edges=name == "next-token")
+            own = objective is None  # else the formula knows no edges and no outliers
+            accumulator = Accumulator(layers, plan.inputs, plan.outputs, kinds, name == "next-token", clip=own)
             saved = None if cache_dir is None else PassFile(folder, number, plan.inputs + plan.outputs)
             title = "calibrating" if len(plans) == 1 else f"calibrating, pass {number + 1} of {len(plans)}"
-            _run_pass(model, windows, accumulator, objective if backward else None, saved, seed, title, progress)
+            _run_pass(model, windows, accumulator, wanted if backward else None, saved, seed, title, progress)
             if saved is None:
                 tensors = accumulator.to_means_()
             else:
@@ -127,6 +133,7 @@ def plan_passes(
         size += 4 * out_features**2 * ("output_gram" in kinds) + 4 * out_features * in_features * (
             "weight_gradient" in kinds
         )
+        size += 4 * in_features * ("weight_gradient_square" in kinds)
         if used and used + size > memory_bytes:
             plans.append(Plan(tuple(inputs), tuple(outputs)))
             inputs, outputs, used = [], [], 0

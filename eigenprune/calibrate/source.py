@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from eigenprune.calibrate.prior import PRIOR, prior_windows
 from eigenprune.calibrate.sampled import DOCUMENT, SAMPLED, Sampling, can_sample, sample_windows
 from eigenprune.calibrate.texts import BUILTIN, builtin_texts, read_texts, row_texts
 from eigenprune.calibrate.windows import cut_windows
 from eigenprune.errors import CalibrationError
 
-SOURCES = (SAMPLED, BUILTIN)
+SOURCES = (SAMPLED, BUILTIN, PRIOR)
 LONGEST_TOKEN = 32  # characters a token, more than any known vocabulary averages on prose
 
 
@@ -76,6 +77,9 @@ def calibration_windows(
         sampling = Sampling(seed=seed, windows=count, window=window, document=min(DOCUMENT, window))
         windows = sample_windows(model, tokenizer, sampling, cache_dir=cache_dir, progress=progress)
         return Calibration(windows, SAMPLED, sampling.to_dict())
+    elif source == PRIOR:
+        vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        return Calibration(prior_windows(tokenizer, vocabulary, count=count, window=window, seed=seed), PRIOR)
     else:
         documents, name = builtin_texts(), BUILTIN
     return Calibration(cut_windows(tokenizer, documents, count=count, window=window), name)

@@ -95,6 +95,10 @@ class Statistics:
         """G = mean g x^T, [out, in] float32."""
         return self._get("weight_gradient", layer)
 
+    def weight_gradient_square(self, layer: str) -> Tensor:
+        """Mean over windows of the mean over rows of (dL/dW)^2, [in] float32; L the summed loss of one window."""
+        return self._get("weight_gradient_square", layer)
+
     def output_gradient_mean(self, layer: str) -> Tensor:
         """mean g, [out] float32: the gradient of a bias."""
         return self._get("output_gradient_mean", layer)

@@ -1,29 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights to spectra in a metric, spectra to worth, worth to ranks, ranks to factors."""
 
-from eigenprune.spectral.allocation import ALLOCATIONS, Choice, allocate
+from eigenprune.spectral.allocation import (
+    ALLOCATIONS,
+    Allocation,
+    AllocationRow,
+    Choice,
+    Evidence,
+    allocate,
+    solve_allocation,
+)
 from eigenprune.spectral.decompose import Components, Spectrum, components, spectrum
+from eigenprune.spectral.decomposed import MOST_BYTES, Decomposed, component_bytes
+from eigenprune.spectral.evidence import GRADIENTS, gather_evidence
 from eigenprune.spectral.factored import layer_of_factors
+from eigenprune.spectral.measure import method_statistics
 from eigenprune.spectral.methods import METHODS, Method, find_method
 from eigenprune.spectral.metric import Metric, layer_metric
+from eigenprune.spectral.ordered import first_order_changes, ordered_components, ordered_spectrum
 from eigenprune.spectral.pivot import pivot_factors
-from eigenprune.spectral.worth import Options, rank_options
+from eigenprune.spectral.worth import BUDGETS, Cost, Options, layer_cost, parameter_cost, rank_options
 
 __all__ = [
     "ALLOCATIONS",
+    "BUDGETS",
+    "GRADIENTS",
     "METHODS",
+    "MOST_BYTES",
+    "Allocation",
+    "AllocationRow",
     "Choice",
     "Components",
+    "Cost",
+    "Decomposed",
+    "Evidence",
     "Method",
     "Metric",
     "Options",
     "Spectrum",
     "allocate",
+    "component_bytes",
     "components",
     "find_method",
+    "first_order_changes",
+    "gather_evidence",
+    "layer_cost",
     "layer_metric",
     "layer_of_factors",
+    "method_statistics",
+    "ordered_components",
+    "ordered_spectrum",
+    "parameter_cost",
     "pivot_factors",
     "rank_options",
+    "solve_allocation",
     "spectrum",
 ]

@@ -11,11 +11,14 @@ class Method:
     """A named preset: how a truncation is measured, and how ranks are shared out.
 
     Attributes:
-        input_metric: `none`, `abs-mean` (ASVD's diagonal) or `gram`.
+        input_metric: `none`, `abs-mean` (ASVD's diagonal), `fisher` (FWSVD's diagonal) or `gram`.
         output_metric: `none` or `gram`.
-        allocation: the default: `uniform`, or `global`, which is sound only where the loss has one unit in all
-        matrices. shrink_input, shrink_output: fixed shrinkage of the Grams; None follows the token count.
+        allocation: the default, a row of `ALLOCATIONS`. `global` is sound only where the loss has one unit in all
+            matrices.
         source: the paper, or where the formula stands.
+        shrink_input, shrink_output: fixed shrinkage of the Grams; None follows the token count.
+        worth: which components go first: `energy` the weakest, `random` any.
+        objective: what the gradients of the output Gram are of, see `collect_statistics`; None: the model's own loss.
     """
 
     input_metric: str
@@ -24,13 +27,17 @@ class Method:
     source: str
     shrink_input: float | None = None
     shrink_output: float | None = None
+    worth: str = "energy"
+    objective: str | None = None
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """The kinds of statistics this method is made of."""
         wanted = []
-        if self.input_metric != "none":
+        if self.input_metric in ("gram", "abs-mean"):
             wanted.append("input_gram")
+        if self.input_metric == "fisher":
+            wanted.append("weight_gradient_square")
         if self.output_metric != "none":
             wanted.append("output_gram")
         return tuple(wanted)
@@ -38,9 +45,21 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "kfac": Method("gram", "gram", "global", "the metric of KFAC-SVD (LEMS, 2026), with one global choice of ranks"),
+    "io": Method(
+        "gram",
+        "gram",
+        "least-change",
+        "IO-SVD, arXiv 2605.15626: curvature of the KL divergence over the likeliest next tokens",
+        objective="top-tokens-kl",
+    ),
+    "zs": Method("gram", "none", "zero-sum", "ZS-SVD, arXiv 2602.02848, one stage", shrink_input=0.0),
     "svd-llm": Method("gram", "none", "uniform", "SVD-LLM, arXiv 2403.07378", shrink_input=0.0),
+    "svd-llm-v2": Method("gram", "none", "svd-llm-v2", "SVD-LLM v2, arXiv 2503.12340", shrink_input=0.0),
+    "swift": Method("gram", "none", "swift", "Swift-SVD, arXiv 2604.01609, alpha 0.5", shrink_input=0.0),
+    "fwsvd": Method("fisher", "none", "uniform", "FWSVD, arXiv 2207.00112"),
     "asvd": Method("abs-mean", "none", "uniform", "ASVD, arXiv 2312.05821, alpha 0.5, without its rank search"),
     "svd": Method("none", "none", "uniform", "plain truncated SVD; data-free, a baseline"),
+    "random": Method("none", "none", "uniform", "singular components chosen at random; a baseline", worth="random"),
 }
 
 

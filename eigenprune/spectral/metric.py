@@ -119,6 +119,9 @@ def _input_root(method: Method, statistics: Statistics, layer: str, device: torc
     if method.input_metric == "abs-mean":
         mean = statistics.input_abs_mean(layer).to(device).double()
         return Root(scale=mean.clamp_min(1e-6 * mean.max().clamp_min(1e-30)) ** ASVD_ALPHA)
+    if method.input_metric == "fisher":  # FWSVD, arXiv 2207.00112: the roots of the columns' Fisher information
+        square = statistics.weight_gradient_square(layer).to(device).double()
+        return Root(scale=square.clamp_min(1e-12 * square.max().clamp_min(1e-30)).sqrt())
     gram = statistics.input_gram(layer).to(device)
     fixed = method.shrink_input
     amount = default_shrinkage(statistics.facts.tokens, INPUT_REFERENCE) if fixed is None else fixed

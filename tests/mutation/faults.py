@@ -102,7 +102,7 @@ FAULTS = (
     ),
     Fault(
         "budget overshot",
-        "spectral/allocation.py",
+        "spectral/allocation/table.py",
         "(more <= left)",
         "(more <= 2 * left + 64)",
         ("tests/spectral/test_allocation.py",),

@@ -56,8 +56,8 @@ def _at(call: int, real: Callable[..., Any], error: BaseException) -> Callable[.
 LAYERS = len(select_layers(tiny_model("gpt2")).chosen)
 # Stage -> (owner, attribute): what the stage calls once for each layer.
 PER_LAYER = {
-    "spectra": (main_path, "spectrum"),
-    "components": (main_path, "components"),
+    "spectra": (main_path, "rank_options"),
+    "factors": (main_path, "layer_of_factors"),
     "pivots": (factored, "pivot_factors"),
     "new layer": (LowRankLinear, "from_factors"),
     "swapping": (main_path, "replace_module_"),

@@ -116,7 +116,7 @@ def test_g38_pruning_interrupted_at_any_layer_can_be_called_again(
 ) -> None:
     wanted, model = tiny_model("llama"), tiny_model("llama")
     _prune(wanted, tmp_path)
-    real = main_path.components
+    real = main_path.layer_of_factors
     for step in range(LAYERS):
         left = [step]
 
@@ -127,7 +127,7 @@ def test_g38_pruning_interrupted_at_any_layer_can_be_called_again(
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(main_path, "components", interrupted)
+            patch.setattr(main_path, "layer_of_factors", interrupted)
             try:
                 _prune(model, tmp_path)
                 break  # fewer layers than that are factored

@@ -9,6 +9,9 @@ import torch
 from eigenprune.errors import BudgetError, ConfigError
 from eigenprune.spectral import ALLOCATIONS, Choice, Options, Spectrum, allocate, rank_options
 
+WITHOUT_EVIDENCE = [name for name, row in ALLOCATIONS.items() if not row.needs]
+STEADY = ["global", "uniform"]  # whose estimated loss falls with every budget: others follow another measure
+
 SMOLLM2 = {
     "q_proj": (576, 576),
     "k_proj": (192, 576),
@@ -67,28 +70,8 @@ def brute_force(options: dict[str, Options], budget: float) -> float:
     return min(sum(x[1] for x in pick) for pick in itertools.product(*tables) if sum(x[0] for x in pick) <= budget)
 
 
-def first_step_that_does_not_fit(options: dict[str, Options], budget: float) -> float:
-    """Gain of the step along the lower hulls at which the continuous optimum is cut: what whole options may miss."""
-    steps = []
-    for o in options.values():
-        points = list(zip(o.costs.tolist(), o.losses.tolist(), strict=True))
-        at = 0
-        while at + 1 < len(points):
-            rates = [(points[at][1] - y) / (x - points[at][0]) for x, y in points[at + 1 :]]
-            best = max(range(len(rates)), key=lambda i, rates=rates: (rates[i], i))
-            new = at + 1 + best
-            steps.append((rates[best], points[new][0] - points[at][0], points[at][1] - points[new][1]))
-            at = new
-    left = budget - smallest(options)
-    for _, cost, gain in sorted(steps, key=lambda step: -step[0]):
-        if cost > left:
-            return gain
-        left -= cost
-    return 0.0
-
-
-def test_the_global_choice_is_within_one_step_of_brute_force_and_mostly_equal_to_it() -> None:
-    equal, cases = 0, 0
+def test_the_global_choice_is_that_of_brute_force() -> None:
+    cases = 0
     for seed in range(60):
         options = small(seed)
         for keep in (0.5, 0.65, 0.8, 0.9):
@@ -96,20 +79,16 @@ def test_the_global_choice_is_within_one_step_of_brute_force_and_mostly_equal_to
             if smallest(options) > budget:
                 continue
             chosen = allocate(options, keep, "global")
-            optimum = brute_force(options, budget)
             assert spent(chosen) <= budget
-            gap = loss(chosen) - optimum
-            assert gap >= -1e-9 * (1 + optimum)
-            assert gap <= first_step_that_does_not_fit(options, budget) * (1 + 1e-9) + 1e-9
-            equal += gap <= 1e-9 * (1 + optimum)
+            # Both are sums of at most 4 losses; the search ends where 1e-12 of the loss is left to gain.
+            assert loss(chosen) == pytest.approx(brute_force(options, budget), rel=2e-12)
             cases += 1
     assert cases > 150
-    assert equal / cases > 0.9  # 0.946 over 3013 such cases; where not, by 13 % of the optimum in the median
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.8, 0.6, 0.4])
 @pytest.mark.parametrize("layout", ["pair", "pivot"])
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", WITHOUT_EVIDENCE)
 def test_on_real_shapes_the_budget_is_met_to_a_thousandth(layout: str, allocation: str, keep: float) -> None:
     options = model(layout)
     chosen = allocate(options, keep, allocation)
@@ -128,7 +107,7 @@ def test_the_global_choice_loses_less_than_the_uniform_one(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["pair", "pivot"])
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", STEADY)
 def test_a_larger_budget_never_loses_more(layout: str, allocation: str) -> None:
     options = model(layout, blocks=4)
     losses = [loss(allocate(options, 0.3 + 0.7 * i / 60, allocation)) for i in range(61)]
@@ -150,14 +129,14 @@ def test_uniform_gives_every_matrix_its_share_to_one_rank_step(layout: str, keep
         assert below <= share <= above, name
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", WITHOUT_EVIDENCE)
 @pytest.mark.parametrize("layout", ["pair", "pivot"])
 def test_keeping_all_makes_everything_dense(layout: str, allocation: str) -> None:
     options = model(layout, blocks=2)
     assert all(choice.rank == 0 for choice in allocate(options, 1.0, allocation).values())
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", WITHOUT_EVIDENCE)
 def test_a_budget_below_the_smallest_ranks_names_what_is_possible(allocation: str) -> None:
     options = model("pivot", blocks=1)
     least = smallest(options) / dense(options)
@@ -180,7 +159,7 @@ def test_an_unknown_allocation_is_a_config_error() -> None:
         allocate(model("pair", blocks=1), 0.8, "best")
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", WITHOUT_EVIDENCE)
 @pytest.mark.parametrize("energies", ["equal", "zero", "huge", "tiny"])
 def test_spectra_without_a_preference_still_fill_the_budget(allocation: str, energies: str) -> None:
     value = {"equal": 1.0, "zero": 0.0, "huge": 1e200, "tiny": 1e-200}[energies]
@@ -192,7 +171,7 @@ def test_spectra_without_a_preference_still_fill_the_budget(allocation: str, ene
         assert keep * dense(options) - largest_step < spent(chosen) <= keep * dense(options)
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", WITHOUT_EVIDENCE)
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.77, 0.95, 1.0])
 def test_one_matrix_gets_the_largest_rank_that_fits(allocation: str, keep: float) -> None:
     options = {"x": rank_options((40, 56), random_spectrum(40, torch.Generator().manual_seed(0)), "pivot", 1)}
@@ -206,7 +185,7 @@ def test_a_matrix_that_can_only_be_dense_takes_its_share_of_the_budget() -> None
         "x": rank_options((40, 56), random_spectrum(40, generator), "pivot", 1),
         "y": rank_options((40, 56), random_spectrum(40, generator), "pivot", 64),
     }
-    for allocation in ALLOCATIONS:
+    for allocation in WITHOUT_EVIDENCE:
         chosen = allocate(options, 0.8, allocation)
         assert chosen["y"].rank == 0
         assert 0.79 * dense(options) < spent(chosen) <= 0.8 * dense(options)
