@@ -106,6 +106,11 @@ def prune_(
     _require_layers(chosen, skipped)
     _check_weights(chosen)
 
+    if method.worth == "importance" and statistics is None:
+        raise ConfigError(
+            f"method {config.method!r} judges components by the gradients of a LoRA: train one, then pass "
+            "statistics=eigenprune.integrations.lora_importance.collect_lora_importance(peft_model, windows)"
+        )
     row = ALLOCATIONS[allocation]
     where = cache_dir or default_cache_dir()
     own = statistics is None  # measured here, so that what is made of them has a name in the cache

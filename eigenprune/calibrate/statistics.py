@@ -99,6 +99,10 @@ class Statistics:
         """Mean over windows of the mean over rows of (dL/dW)^2, [in] float32; L the summed loss of one window."""
         return self._get("weight_gradient_square", layer)
 
+    def component_importance(self, layer: str) -> Tensor:
+        """[min(out, in)]: of each singular component, the largest first, see `collect_lora_importance`."""
+        return self._get("component_importance", layer)
+
     def output_gradient_mean(self, layer: str) -> Tensor:
         """mean g, [out] float32: the gradient of a bias."""
         return self._get("output_gradient_mean", layer)

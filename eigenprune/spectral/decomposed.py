@@ -45,7 +45,7 @@ class Decomposed:
         """The energies of the dense `module`, in the order in which its components are kept."""
         weight = dense_weight(module).detach()
         if self._folder is None:
-            return ordered_spectrum(self.method, weight, self._metric(name, weight), name, self.seed)
+            return ordered_spectrum(self.method, weight, self._metric(name, weight), name, self.seed, self.statistics)
         kept = self._read(name, weight) or self._make(name, weight)
         return Spectrum(kept["energies"].double())
 
@@ -53,7 +53,9 @@ class Decomposed:
         """The first `rank` components of the dense `module`, float64."""
         weight = dense_weight(module).detach()
         if self._folder is None:
-            return ordered_components(self.method, weight, self._metric(name, weight), rank, name, self.seed)
+            return ordered_components(
+                self.method, weight, self._metric(name, weight), rank, name, self.seed, self.statistics
+            )
         kept = self._read(name, weight) or self._make(name, weight)
         left, right = kept["left"][:, :rank], kept["right"][:rank]
         return Components(left.to(weight.device).double(), right.to(weight.device).double())
@@ -67,7 +69,7 @@ class Decomposed:
 
     def _make(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         metric = self._metric(name, weight)
-        found = ordered_components(self.method, weight, metric, min(weight.shape), name, self.seed)
+        found = ordered_components(self.method, weight, metric, min(weight.shape), name, self.seed, self.statistics)
         # right = U^T R W, so that its rows times S have the singular values of R W S as norms.
         energies = metric.inner.right_multiply(found.right).square().sum(1)
         made = {

@@ -17,7 +17,8 @@ class Method:
             matrices.
         source: the paper, or where the formula stands.
         shrink_input, shrink_output: fixed shrinkage of the Grams; None follows the token count.
-        worth: which components go first: `energy` the weakest, `random` any.
+        worth: which components go first: `energy` the weakest, `importance` those of least importance in given
+            statistics, `random` any.
         objective: what the gradients of the output Gram are of, see `collect_statistics`; None: the model's own loss.
     """
 
@@ -40,6 +41,8 @@ class Method:
             wanted.append("weight_gradient_square")
         if self.output_metric != "none":
             wanted.append("output_gram")
+        if self.worth == "importance":
+            wanted.append("component_importance")
         return tuple(wanted)
 
 
@@ -57,6 +60,13 @@ METHODS: dict[str, Method] = {
     "svd-llm-v2": Method("gram", "none", "svd-llm-v2", "SVD-LLM v2, arXiv 2503.12340", shrink_input=0.0),
     "swift": Method("gram", "none", "swift", "Swift-SVD, arXiv 2604.01609, alpha 0.5", shrink_input=0.0),
     "fwsvd": Method("fisher", "none", "uniform", "FWSVD, arXiv 2207.00112"),
+    "lora-prune": Method(
+        "none",
+        "none",
+        "global",
+        "LoRAPrune, arXiv 2305.18403: importance from the gradients of a LoRA, here of components",
+        worth="importance",
+    ),
     "asvd": Method("abs-mean", "none", "uniform", "ASVD, arXiv 2312.05821, alpha 0.5, without its rank search"),
     "svd": Method("none", "none", "uniform", "plain truncated SVD; data-free, a baseline"),
     "random": Method("none", "none", "uniform", "singular components chosen at random; a baseline", worth="random"),

@@ -6,25 +6,48 @@ import hashlib
 import torch
 from torch import Tensor
 
+from eigenprune.calibrate import Statistics
+from eigenprune.errors import ConfigError
 from eigenprune.spectral.decompose import Components, Spectrum, components, spectrum
 from eigenprune.spectral.methods import Method
 from eigenprune.spectral.metric import Metric
 
 
-def ordered_spectrum(method: Method, weight: Tensor, metric: Metric, name: str, seed: int) -> Spectrum:
-    """The energies of the components of `weight` [m, n], in the order of `ordered_components`."""
+def ordered_spectrum(
+    method: Method, weight: Tensor, metric: Metric, name: str, seed: int, statistics: Statistics | None = None
+) -> Spectrum:
+    """The energies of the components of `weight` [m, n], in the order of `ordered_components`.
+
+    With worth `importance` they are twice the importances, so that half of them, the loss, is the importance again.
+    """
+    if method.worth == "importance":
+        importance = _importance(statistics, name, min(weight.shape))
+        return Spectrum(2 * importance[_falling(importance)])
     found = spectrum(weight, metric)
     if method.worth == "random":
         return Spectrum(found.energies[_random_order(len(found.energies), name, seed)])
     return found
 
 
-def ordered_components(method: Method, weight: Tensor, metric: Metric, rank: int, name: str, seed: int) -> Components:
-    """The first `rank` components of `weight` [m, n]: by falling energy, or at random, the same for name and seed."""
-    if method.worth != "random":
+def ordered_components(
+    method: Method,
+    weight: Tensor,
+    metric: Metric,
+    rank: int,
+    name: str,
+    seed: int,
+    statistics: Statistics | None = None,
+) -> Components:
+    """The first `rank` components of `weight` [m, n]: by falling energy or importance, or at random, the same for name
+    and seed."""
+    if method.worth == "energy":
         return components(weight, metric, rank)
     found = components(weight, metric)
-    kept = _random_order(found.right.shape[0], name, seed)[:rank].to(weight.device)
+    if method.worth == "importance":
+        order = _falling(_importance(statistics, name, min(weight.shape)))
+    else:
+        order = _random_order(found.right.shape[0], name, seed)
+    kept = order[:rank].to(weight.device)
     return Components(found.left[:, kept], found.right[kept])
 
 
@@ -40,6 +63,23 @@ def first_order_changes(weight: Tensor, gradient: Tensor, found: Components) -> 
     """
     gradient = gradient.to(weight.device, torch.float64)
     return -(found.left * (gradient @ found.right.t())).sum(0).cpu()
+
+
+def _importance(statistics: Statistics | None, name: str, count: int) -> Tensor:
+    """[count] float64 on the CPU, of the components in their order by energy."""
+    if statistics is None:
+        raise ConfigError("this method needs the importance of components: pass the statistics that hold it")
+    importance = statistics.component_importance(name).double().cpu()
+    if importance.shape != (count,):
+        raise ConfigError(
+            f"{name} has {count} components, and the statistics hold importances {tuple(importance.shape)}: "
+            "collect them on this model"
+        )
+    return importance
+
+
+def _falling(importance: Tensor) -> Tensor:
+    return importance.argsort(descending=True, stable=True)
 
 
 def _random_order(count: int, name: str, seed: int) -> Tensor:
