@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sparse delta says about itself: its base, how its entries were chosen, and how each tensor is stored."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from eigenprune.entries.packing import BLOCK, blocks
+from eigenprune.errors import CheckpointError
+from eigenprune.hub.limits import MIB, MOST_TENSORS, parse_json
+from eigenprune.hub.weight_source import DTYPES
+from eigenprune.hub.write_tensors import Spec
+
+DELTA_VERSION = 1
+MANIFEST = "eigenprune.delta"  # the name of the uint8 tensor that holds it as JSON
+SUFFIXES = (".delta_values", ".delta_mask", ".delta_counts", ".delta_positions")
+FORMS = ("base", "mask", "positions", "whole")
+# Values as they were, or rounded to that type.
+PRECISIONS = {"exact": None, "bfloat16": "BF16", "float16": "F16"}
+FLOATING = ("F64", "F32", "F16", "BF16")
+LARGEST = 64 * MIB  # 250 bytes a tensor
+MOST_ENTRIES = 16 * MOST_TENSORS
+LARGEST_TENSOR = 1 << 44
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,511}", re.ASCII)
+WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?", re.ASCII)
+REVISION = re.compile(r"([0-9a-f]{7,64})?", re.ASCII)
+DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """How one tensor of the fine-tuned model is stored.
+
+    Attributes:
+        dtype: of the tensor that comes out, as safetensors names it.
+        shape: of it.
+        form: `base` (nothing stored, the base's tensor), `mask` or `positions` (some entries), `whole` (all).
+        stored: how many entries are stored.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    form: str
+    stored: int
+
+    @property
+    def entries(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class DeltaManifest:
+    """A sparse delta without its data.
+
+    Attributes:
+        base_model: id on the Hub, or the last part of the name of a local folder.
+        base_revision: commit on the Hub, or empty.
+        base_sha256: over all weights of the base, see `joint_digest`.
+        base_tensors: {tensor name: its SHA-256}, so that a wrong base can be told from a right one by name.
+        rule: by which entries were selected.
+        keep: the kept share that was asked for.
+        scope: of the budget: `row`, `layer` or `global`.
+        precision: of the values: `exact`, or the type they were rounded to.
+        tensors: {name: how it is stored}, all of the fine-tuned model.
+    """
+
+    base_model: str
+    base_revision: str
+    base_sha256: str
+    rule: str
+    keep: float
+    scope: str
+    precision: str
+    base_tensors: Mapping[str, str] = field(repr=False)
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    format_version: int = DELTA_VERSION
+
+    @property
+    def stored(self) -> int:
+        """Stored entries in all tensors."""
+        return sum(tensor.stored for tensor in self.tensors.values())
+
+    @property
+    def entries(self) -> int:
+        """Entries of the whole model."""
+        return sum(tensor.entries for tensor in self.tensors.values())
+
+    def header(self) -> dict[str, Any]:
+        """What the config repeats: all but the tensors."""
+        names = ("format_version", "base_model", "base_revision", "base_sha256", "rule", "keep", "scope", "precision")
+        return {name: value for name, value in vars(self).items() if name in names}
+
+    def to_bytes(self) -> bytes:
+        """As JSON, the same bytes for the same delta."""
+        tensors = {name: [t.dtype, list(t.shape), t.form, t.stored] for name, t in self.tensors.items()}
+        value = self.header() | {"base_tensors": dict(self.base_tensors), "tensors": tensors}
+        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, place: str) -> "DeltaManifest":
+        """The manifest in `raw`, every part of it checked.
+
+        Raises:
+            CheckpointError: it is no manifest, of a newer version, or says something impossible.
+        """
+        value = parse_json(raw, f"the tensor {MANIFEST}", place, MOST_ENTRIES)
+        header, tensors, base_tensors = dict(value), value.get("tensors"), value.get("base_tensors")
+        header.pop("tensors", None), header.pop("base_tensors", None)
+        check_delta_header(header, place)
+        if not isinstance(base_tensors, dict) or not isinstance(tensors, dict) or not tensors:
+            raise CheckpointError(f"the delta in {place} does not list its tensors")
+        for name, digest in base_tensors.items():
+            _check_name(name, place)
+            _check(isinstance(digest, str) and DIGEST.fullmatch(digest), "digest", digest, place)
+        stored = {_check_name(name, place): _stored(name, entry, place) for name, entry in tensors.items()}
+        lost = sorted(name for name, tensor in stored.items() if tensor.form != "whole" and name not in base_tensors)
+        if lost:
+            raise CheckpointError(f"the delta in {place} needs {lost[0]} of its base, which has none by its own list")
+        return cls(base_tensors=base_tensors, tensors=stored, **header)
+
+    def file_specs(self, manifest_bytes: int, sentinel: str = "") -> dict[str, Spec]:
+        """{name: (dtype, shape)} of every tensor of the file, and of no other."""
+        specs: dict[str, Spec] = {MANIFEST: ("U8", (manifest_bytes,))}
+        for name, tensor in self.tensors.items():
+            values = PRECISIONS[self.precision] if tensor.dtype in FLOATING else None
+            shape = tensor.shape if tensor.form == "whole" else (tensor.stored,)
+            if tensor.form != "base":
+                specs[f"{name}.delta_values"] = (values or tensor.dtype, shape)
+            if tensor.form == "mask":
+                specs[f"{name}.delta_mask"] = ("U8", (-(-tensor.entries // 8),))
+            elif tensor.form == "positions":
+                specs[f"{name}.delta_counts"] = ("I32", (blocks(tensor.entries),))
+                specs[f"{name}.delta_positions"] = ("U16", (tensor.stored,))
+        if sentinel:
+            specs[sentinel] = (self.tensors[sentinel].dtype, (0,))
+        return specs
+
+    def sentinel(self) -> str:
+        """The tensor under whose own name a zero-size one is stored, or empty where none can be.
+
+        A transformers without this package meets a shape that cannot be there, and stops, instead of going on with
+        random weights.
+        """
+        return min((name for name, t in self.tensors.items() if len(t.shape) > 1 and t.entries), default="")
+
+
+def check_delta_header(header: Mapping[str, Any], place: str) -> None:
+    """Check what config and file both say of a delta.
+
+    Raises:
+        CheckpointError: a field is missing, unknown or impossible, or the version is newer.
+    """
+    version = header.get("format_version")
+    _check(type(version) is int and version >= 1, "format_version", version, place)
+    if version > DELTA_VERSION:  # type: ignore[operator]
+        raise CheckpointError(
+            f"the delta in {place} has format {version}, and this eigenprune knows up to {DELTA_VERSION}: "
+            "update it (pip install -U eigenprune)"
+        )
+    shapes = {
+        **{"base_model": MODEL, "base_revision": REVISION, "base_sha256": DIGEST},
+        **{"rule": WORD, "scope": WORD, "precision": re.compile("|".join(PRECISIONS))},
+    }
+    if set(header) != {*shapes, "keep", "format_version"}:
+        odd = sorted(map(str, set(header) ^ {*shapes, "keep", "format_version"}))
+        raise CheckpointError(f"the delta in {place} has unknown or missing fields: {', '.join(odd)[:200]}")
+    for name, shape in shapes.items():
+        _check(isinstance(header[name], str) and shape.fullmatch(header[name]), name, header[name], place)
+    keep = header["keep"]
+    _check(isinstance(keep, int | float) and not isinstance(keep, bool) and 0 <= keep <= 1, "keep", keep, place)
+
+
+def _stored(name: str, entry: object, place: str) -> StoredTensor:
+    what = f"tensors[{name}]"
+    _check(isinstance(entry, list) and len(entry) == 4, what, entry, place)
+    dtype, shape, form, stored = entry  # type: ignore[misc]
+    _check(dtype in DTYPES if isinstance(dtype, str) else False, what, dtype, place)
+    sides = isinstance(shape, list) and len(shape) <= 8 and all(type(s) is int and 0 <= s <= BLOCK**2 for s in shape)
+    _check(sides and math.prod(shape) <= LARGEST_TENSOR, what, shape, place)
+    tensor = StoredTensor(dtype, tuple(shape), form, stored)
+    right = {"base": 0, "whole": tensor.entries}
+    _check(isinstance(form, str) and form in FORMS, what, form, place)
+    _check(type(stored) is int and 0 <= stored <= tensor.entries, what, stored, place)
+    _check(right.get(form, stored) == stored, what, stored, place)
+    return tensor
+
+
+def _check_name(name: str, place: str) -> str:
+    _check(NAME.fullmatch(name) and name != MANIFEST and not name.endswith(SUFFIXES), "tensor name", name, place)
+    return name
+
+
+def _check(good: object, what: str, value: object, place: str) -> None:
+    if not good:
+        raise CheckpointError(f"the delta in {place}: {what} cannot be {value!r:.120}")
