@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from eigenprune import __version__
+from eigenprune.cli import delta
 from eigenprune.cli.card import card
 from eigenprune.cli.evaluate import evaluate
 from eigenprune.cli.extract_lora import extract_lora
@@ -55,6 +56,15 @@ app.command("inspect")(explained(inspect))
 app.command("extract-lora")(explained(extract_lora))
 app.command("card")(explained(card))
 app.command("push")(explained(push))
+deltas = typer.Typer(
+    help="Store fine-tuned models as the entries that differ from their base.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+deltas.command("make")(explained(delta.make))
+deltas.command("apply")(explained(delta.apply))
+deltas.command("inspect")(explained(delta.inspect))
+app.add_typer(deltas, name="delta")
 
 
 def _print_version(wanted: bool) -> None:

@@ -6,6 +6,7 @@ A bit mask costs 1/8 byte an entry, whatever is stored. Positions cost 2 bytes a
 that neither form depends on the shape, and a row may have any length.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,14 +33,7 @@ def blocks(entries: int) -> int:
 
 def pack_mask(mask: Tensor) -> Tensor:
     """uint8 [ceil(n / 8)] of a bool tensor of n entries: entry i is bit i % 8 of byte i // 8; bits beyond n are 0."""
-    flat = mask.reshape(-1)
-    padded = torch.zeros(8 * -(-flat.numel() // 8), dtype=torch.uint8)
-    padded[: flat.numel()] = flat.to(torch.uint8)
-    bits = padded.view(-1, 8)
-    packed = bits[:, 0].clone()
-    for bit in range(1, 8):
-        packed |= bits[:, bit] << bit
-    return packed
+    return torch.from_numpy(np.packbits(mask.detach().cpu().reshape(-1).numpy(), bitorder="little"))
 
 
 def unpack_mask(packed: Tensor, entries: int) -> Tensor:
@@ -50,13 +44,10 @@ def unpack_mask(packed: Tensor, entries: int) -> Tensor:
     """
     if packed.dtype != torch.uint8 or packed.shape != (packed_bytes("mask", entries, 0),):
         raise CheckpointError(f"a mask of {entries:,} entries is stored as {packed.dtype} {tuple(packed.shape)}")
-    bits = torch.empty(packed.numel(), 8, dtype=torch.bool)
-    for bit in range(8):
-        bits[:, bit] = (packed >> bit) & 1
-    flat = bits.view(-1)
-    if flat[entries:].any():
+    bits = np.unpackbits(packed.numpy(), bitorder="little").view(np.bool_)
+    if bits[entries:].any():
         raise CheckpointError(f"a mask of {entries:,} entries has bits beyond the last one")
-    return flat[:entries]
+    return torch.from_numpy(bits[:entries])
 
 
 def pack_positions(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,27 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from eigenprune.entries.delta_header import DELTA_VERSION, DIGEST, HEADER, PRECISIONS, check_delta_header
 from eigenprune.entries.packing import BLOCK, blocks
-from eigenprune.errors import CheckpointError
+from eigenprune.errors import CheckpointError, ConfigError
 from eigenprune.hub.limits import MIB, MOST_TENSORS, parse_json
 from eigenprune.hub.weight_source import DTYPES
 from eigenprune.hub.write_tensors import Spec
 
-DELTA_VERSION = 1
 MANIFEST = "eigenprune.delta"  # the name of the uint8 tensor that holds it as JSON
 SUFFIXES = (".delta_values", ".delta_mask", ".delta_counts", ".delta_positions")
 FORMS = ("base", "mask", "positions", "whole")
-# Values as they were, or rounded to that type.
-PRECISIONS = {"exact": None, "bfloat16": "BF16", "float16": "F16"}
 FLOATING = ("F64", "F32", "F16", "BF16")
 LARGEST = 64 * MIB  # 250 bytes a tensor
 MOST_ENTRIES = 16 * MOST_TENSORS
 LARGEST_TENSOR = 1 << 44
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,511}", re.ASCII)
-WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
-MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?", re.ASCII)
-REVISION = re.compile(r"([0-9a-f]{7,64})?", re.ASCII)
-DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -92,8 +86,7 @@ class DeltaManifest:
 
     def header(self) -> dict[str, Any]:
         """What the config repeats: all but the tensors."""
-        names = ("format_version", "base_model", "base_revision", "base_sha256", "rule", "keep", "scope", "precision")
-        return {name: value for name, value in vars(self).items() if name in names}
+        return {name: value for name, value in vars(self).items() if name in HEADER}
 
     def to_bytes(self) -> bytes:
         """As JSON, the same bytes for the same delta."""
@@ -111,7 +104,10 @@ class DeltaManifest:
         value = parse_json(raw, f"the tensor {MANIFEST}", place, MOST_ENTRIES)
         header, tensors, base_tensors = dict(value), value.get("tensors"), value.get("base_tensors")
         header.pop("tensors", None), header.pop("base_tensors", None)
-        check_delta_header(header, place)
+        try:
+            check_delta_header(header)
+        except ConfigError as error:
+            raise CheckpointError(f"the delta in {place}: {error}") from None
         if not isinstance(base_tensors, dict) or not isinstance(tensors, dict) or not tensors:
             raise CheckpointError(f"the delta in {place} does not list its tensors")
         for name, digest in base_tensors.items():
@@ -147,32 +143,6 @@ class DeltaManifest:
         random weights.
         """
         return min((name for name, t in self.tensors.items() if len(t.shape) > 1 and t.entries), default="")
-
-
-def check_delta_header(header: Mapping[str, Any], place: str) -> None:
-    """Check what config and file both say of a delta.
-
-    Raises:
-        CheckpointError: a field is missing, unknown or impossible, or the version is newer.
-    """
-    version = header.get("format_version")
-    _check(type(version) is int and version >= 1, "format_version", version, place)
-    if version > DELTA_VERSION:  # type: ignore[operator]
-        raise CheckpointError(
-            f"the delta in {place} has format {version}, and this eigenprune knows up to {DELTA_VERSION}: "
-            "update it (pip install -U eigenprune)"
-        )
-    shapes = {
-        **{"base_model": MODEL, "base_revision": REVISION, "base_sha256": DIGEST},
-        **{"rule": WORD, "scope": WORD, "precision": re.compile("|".join(PRECISIONS))},
-    }
-    if set(header) != {*shapes, "keep", "format_version"}:
-        odd = sorted(map(str, set(header) ^ {*shapes, "keep", "format_version"}))
-        raise CheckpointError(f"the delta in {place} has unknown or missing fields: {', '.join(odd)[:200]}")
-    for name, shape in shapes.items():
-        _check(isinstance(header[name], str) and shape.fullmatch(header[name]), name, header[name], place)
-    keep = header["keep"]
-    _check(isinstance(keep, int | float) and not isinstance(keep, bool) and 0 <= keep <= 1, "keep", keep, place)
 
 
 def _stored(name: str, entry: object, place: str) -> StoredTensor:
