@@ -4,6 +4,7 @@
 from eigenprune.hub.card import CARD_NAME, build_card, write_card
 from eigenprune.hub.delta_folder import apply_delta, save_delta
 from eigenprune.hub.delta_loading import load_delta
+from eigenprune.hub.delta_switch import delta_applied, switch_delta_
 from eigenprune.hub.facts import hash_weights
 from eigenprune.hub.lora_extraction import LoraExtraction, extract_lora
 from eigenprune.hub.push import push_to_hub
@@ -16,6 +17,7 @@ __all__ = [
     "LoraExtraction",
     "apply_delta",
     "build_card",
+    "delta_applied",
     "extract_lora",
     "hash_weights",
     "load_delta",
@@ -23,5 +25,6 @@ __all__ = [
     "rebuild_command",
     "save_delta",
     "save_model",
+    "switch_delta_",
     "write_card",
 ]
