@@ -8,6 +8,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from eigenprune.entries.blocks import Block
+from eigenprune.entries.ken import ken, ken_fast
 from eigenprune.entries.scores import change, magnitude, random_worth
 from eigenprune.errors import ConfigError
 
@@ -45,7 +46,10 @@ class Rule:
     match: Match | None = None
 
 
+_KEN = "Mastromattei and Zanzotto, ACL 2024, arXiv 2402.03142"
 _ROWS = (
+    Rule("ken", "row", _KEN + ": as its code does it", match=ken),
+    Rule("ken-fast", "row", _KEN + ": without the density", match=ken_fast),
     Rule("random", "row", "control", score=lambda block, context: random_worth(block, context.seed)),
     Rule("magnitude", "row", "Han et al., NeurIPS 2015, arXiv 1506.02626", score=lambda block, _: magnitude(block)),
     Rule("delta", "global", "size of the change, this package", score=lambda block, _: change(block)),

@@ -92,6 +92,8 @@ def _check(rule: Rule, keep: float, scope: str, row_entries: int | None, least: 
         raise ConfigError(f"scope {scope!r} is unknown; there are: {', '.join(SCOPES)}")
     if reset not in RESETS:
         raise ConfigError(f"reset {reset!r} is unknown; there are: {', '.join(RESETS)}")
+    if rule.match is not None and scope != "row":
+        raise ConfigError(f"rule {rule.name!r} chooses within each row: scope {scope!r} is not open to it")
     if row_entries is not None and (row_entries < 0 or scope != "row"):
         raise ConfigError(f"row_entries={row_entries!r} must be at least 0, and needs scope='row'")
     if not 0 <= least <= keep or (least and scope != "global"):
@@ -102,7 +104,9 @@ def _select_rows(tensor: Entries, rule: Rule, context: Context, keep: float, row
     count = share_of(keep, tensor.shape[1]) if row_entries is None else row_entries
     parts = []
     for block in tensor.blocks():
-        if rule.score is not None:
+        if rule.match is not None:
+            parts.append(rule.match(block.tuned, count))
+        elif rule.score is not None:
             parts.append(highest_of_rows(rule.score(block, context), count))
     return torch.cat(parts) if parts else torch.zeros(tensor.shape, dtype=torch.bool)
 
