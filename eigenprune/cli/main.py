@@ -23,6 +23,7 @@ from eigenprune.cli.inspect import inspect
 from eigenprune.cli.output import fail
 from eigenprune.cli.prune import prune
 from eigenprune.cli.push import push
+from eigenprune.cli.view import view
 from eigenprune.errors import EigenpruneError
 
 app = typer.Typer(
@@ -65,6 +66,7 @@ deltas.command("make")(explained(delta.make))
 deltas.command("apply")(explained(delta.apply))
 deltas.command("inspect")(explained(delta.inspect))
 app.add_typer(deltas, name="delta")
+app.command("view")(explained(view))
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 """A base and a fine-tuned tiny model in folders, and a delta folder made of them, with every second entry kept."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def every_second(tuned: WeightSource) -> dict[str, Tensor]:
     return {name: (torch.arange(t.numel()) % 2 == 0).view(t.shape) for name, t in tuned.items()}
 
 
-def delta_folder(base: Path, tuned: Path, out: Path, base_model: str = "", **options: str) -> DeltaManifest:
+def delta_folder(base: Path, tuned: Path, out: Path, base_model: str = "", **options: Any) -> DeltaManifest:
     """The delta of two folders in `out`; the base is called as its folder unless told otherwise."""
     facts = {"base_model": base_model or base.name, "rule": "random", "keep": 0.5, **options}
     with WeightSource(base) as base_weights, WeightSource(tuned) as tuned_weights:

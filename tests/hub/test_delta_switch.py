@@ -67,7 +67,7 @@ def test_failed_switch_leaves_the_delta_that_was_in(folders: tuple[Path, Path, P
     base, one, two = folders
     damaged = Path(shutil.copytree(two, tmp_path / "damaged"))
     content = bytearray((damaged / "model.safetensors").read_bytes())
-    content[-1] ^= 0xFF  # in the last mask: its count is another then
+    content[-1] ^= 1  # in the last mask: its count is another then
     (damaged / "model.safetensors").write_bytes(content)
     (damaged / "SHA256SUMS").unlink()
     model = loaded(base)
