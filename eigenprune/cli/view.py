@@ -18,7 +18,7 @@ def view(
     delta: Annotated[str, typer.Argument(metavar="DIR", help="Folder or hub id of a delta.")],
     out: Annotated[Path, typer.Option(help="The page to write; with --png, a folder beside it gets the pictures.")],
     tensor: Annotated[
-        list[str] | None, typer.Option(help="Show this tensor large; repeatable; default: the first one kept in part.")
+        list[str] | None, typer.Option(help="Show this tensor large; repeatable; default: one of the middle layer.")
     ] = None,
     png: Annotated[
         bool, typer.Option("--png", help="Also draw PNG pictures with axes (pip install 'eigenprune[plots]').")
@@ -90,11 +90,12 @@ def stored_entries(delta: "DeltaFile") -> "KeptEntries":
 
 
 def _draw(kept: "KeptEntries", folder: Path, shown: "list[str] | tuple[str, ...]") -> list[Path]:
+    from eigenprune.report.entries_page import typical
     from eigenprune.report.entries_pictures import draw_layers, draw_matrix, draw_neighbours
     from eigenprune.report.entries_view import NUMBER, same_in_every_layer
 
-    partly = (name for name in kept.names if kept.mask(name).ndim > 1 and 0 < kept.mask(name).float().mean() < 1)
-    names = list(shown) or [name for name in [next(partly, "")] if name]
+    partly = [name for name in kept.names if kept.mask(name).ndim > 1 and 0 < kept.mask(name).float().mean() < 1]
+    names = list(shown) or typical(partly)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name in names:

@@ -23,7 +23,7 @@ from eigenprune.report.entries_view import (
     same_in_every_layer,
     shrink,
 )
-from eigenprune.report.png import DIVERGING, RISING, colours, png_bytes
+from eigenprune.report.png import DIVERGING, RISING, STEPS, colours, png_bytes
 
 TEMPLATE = "entries_page.html.jinja"
 CELLS, SMALL_CELLS = 384, 64
@@ -54,7 +54,7 @@ def entries_page(kept: KeptEntries, title: str, shown: Sequence[str] = ()) -> st
     Args:
         kept: what to show.
         title: on top.
-        shown: tensors whose matrix is shown large; by default the first matrix that is kept in part.
+        shown: tensors whose matrix is shown large; by default one that is kept in part, see `typical`.
 
     Raises:
         ConfigError: a name in `shown` is unknown.
@@ -73,7 +73,7 @@ def entries_page(kept: KeptEntries, title: str, shown: Sequence[str] = ()) -> st
         counts[name] = count_neighbours(mask)
         if len(shares) < MOST_DRAWN:
             shares[name] = kept_share(mask, SMALL_CELLS)
-    large = list(shown) or [name for name in matrices if 0 < counts[name].density < 1][:1]
+    large = list(shown) or typical([name for name in matrices if 0 < counts[name].density < 1])
     highest = max((float(share.max()) for share in shares.values()), default=0.0) or 1.0
     environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
     template = environment.from_string(files("eigenprune.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
@@ -86,6 +86,13 @@ def entries_page(kept: KeptEntries, title: str, shown: Sequence[str] = ()) -> st
         left_out=len(matrices) - len(shares),
         rows=[_row(name, counts[name]) for name in matrices],
     )
+
+
+def typical(names: Sequence[str]) -> list[str]:
+    """Of the tensors that are in most layers, the one in the middle layer; empty where there is none."""
+    families = [same_in_every_layer(names, name) for name in names]
+    largest = max(families, key=len, default=[])
+    return largest[len(largest) // 2 :][:1]
 
 
 def _matrix(name: str, kept: KeptEntries) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def _matrix(name: str, kept: KeptEntries) -> dict[str, Any]:
         "share": f"{counts.density:.2%}",
         "cell": f"{cells[0]} x {cells[1]}" if max(cells, default=1) > 1 else "",
         "values": _encoded(colours(small, -limit, limit, DIVERGING)),
-        "neighbours": _encoded(colours(shrink(neighbours, CELLS), 0, 4, RISING)),
+        "neighbours": _encoded(colours(shrink(neighbours, CELLS), 0, 4, STEPS)),
         "limit": limit,
         "width": width,
         "height": height,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eigenprune.errors import ConfigError
 from eigenprune.report.entries_view import count_neighbours, kept_neighbours, kept_share, kept_values, shrink
+from eigenprune.report.png import DIVERGING, RISING, STEPS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 CELLS = 512  # a side at most: more than the picture has pixels for
 SMALL_CELLS = 96
 DPI = 150
+NARROWEST = 6.2  # inches: of a long name
 RESET = "#ffffff"
-DIVERGING, RISING = "coolwarm", "viridis_r"
 
 
 def draw_matrix(path: Path, name: str, tuned: Tensor, mask: Tensor) -> None:
@@ -31,21 +32,22 @@ def draw_matrix(path: Path, name: str, tuned: Tensor, mask: Tensor) -> None:
     shown = shrink(values, CELLS)
     seen = values[~values.isnan()].abs()
     limit = float(seen.quantile(0.99)) if 0 < seen.numel() <= 1 << 24 else float(seen.max()) if seen.numel() else 1.0
-    figure = new_figure(8.0, 6.4)
+    width, height = _inches(values)
+    figure = new_figure(max(width + 2.0, NARROWEST), height + 1.2)
     panel = figure.subplots()
     panel.set_facecolor(RESET)
     drawn = panel.imshow(
         shown.numpy(),
-        cmap=DIVERGING,
+        cmap=_scale(DIVERGING),
         vmin=-limit,
         vmax=limit,
         aspect="auto",
         interpolation="nearest",
         extent=_extent(values),
     )
-    panel.set_title(f"{name}\nkept values, {_share(mask)}; blank: the base's value", fontsize=10)
+    figure.suptitle(f"{name}\nkept values, {_share(mask)}; blank: the base's value", fontsize=10)
     _label(panel, values, shown)
-    figure.colorbar(drawn, ax=panel, label="value (99th percentile at the ends)", extend="both")
+    figure.colorbar(drawn, ax=panel, label="value (99th percentile at the ends)", extend="both", aspect=30)
     _save(figure, path)
 
 
@@ -58,15 +60,16 @@ def draw_neighbours(path: Path, name: str, mask: Tensor) -> None:
     found = kept_neighbours(mask).float()
     found[found < 0] = torch.nan
     shown, counts = shrink(found, CELLS), count_neighbours(mask)
-    figure = new_figure(11.0, 5.2)
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    width, height = _inches(found)
+    figure = new_figure(width + 6.0, max(height, 3.4) + 1.2)
+    left, right = figure.subplots(1, 2, width_ratios=[width + 1.2, 4.2])
     left.set_facecolor(RESET)
     drawn = left.imshow(
-        shown.numpy(), cmap=RISING, vmin=0, vmax=4, aspect="auto", interpolation="nearest", extent=_extent(found)
+        shown.numpy(), cmap=_scale(STEPS), vmin=0, vmax=4, aspect="auto", interpolation="nearest", extent=_extent(found)
     )
-    left.set_title(f"{name}\nkept neighbours of kept entries, {_share(mask)}", fontsize=10)
+    figure.suptitle(f"{name}\nkept neighbours of kept entries, {_share(mask)}", fontsize=10)
     _label(left, found, shown)
-    figure.colorbar(drawn, ax=left, ticks=range(5), label="kept neighbours")
+    figure.colorbar(drawn, ax=left, ticks=range(5), label="kept neighbours", aspect=30)
     places = torch.arange(5).numpy()
     right.bar(places - 0.2, counts.observed, 0.4, label=f"this mask, mean {counts.observed_mean:.2f}", color="#20586e")
     right.bar(
@@ -112,7 +115,9 @@ def draw_layers(path: Path, title: str, layers: Sequence[tuple[str, Tensor]]) ->
             panel.set_axis_off()
             continue
         (label, mask), share = entry
-        drawn = panel.imshow(share.numpy(), cmap=RISING, vmin=0, vmax=high or 1, aspect="auto", interpolation="nearest")
+        drawn = panel.imshow(
+            share.numpy(), cmap=_scale(RISING), vmin=0, vmax=high or 1, aspect="auto", interpolation="nearest"
+        )
         panel.set_title(f"{label}: {float(mask.float().mean()) if mask.numel() else 0:.1%}", fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.colorbar(drawn, ax=panels, label="kept share of a cell", shrink=min(1.0, 2.0 / rows + 0.3))
@@ -130,6 +135,20 @@ def new_figure(width: float, height: float) -> "Figure":
     except ImportError as error:
         raise ConfigError("pictures need matplotlib: pip install 'eigenprune[plots]'") from error
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def _scale(colours: tuple[tuple[int, int, int], ...]) -> Any:
+    """The colours of the page as a scale of matplotlib."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("eigenprune", [tuple(part / 255 for part in colour) for colour in colours])
+
+
+def _inches(matrix: Tensor) -> tuple[float, float]:
+    """(width, height) of a panel in the proportions of the matrix, the longer side 6, the other at least 1.5."""
+    longest = max(*matrix.shape, 1)
+    height, width = (max(1.5, 6.0 * side / longest) for side in matrix.shape)
+    return max(width, 3.0), height
 
 
 def _extent(matrix: Tensor) -> tuple[float, float, float, float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 # Colours at even steps, linear between; blank cells are white.
 DIVERGING = ((33, 71, 140), (110, 157, 214), (222, 222, 222), (230, 135, 104), (158, 26, 41))
 RISING = ((240, 240, 235), (168, 205, 180), (74, 152, 143), (32, 88, 110), (16, 32, 66))
+STEPS = RISING[1:]  # for counts from 0: their lowest colour is no blank
 BLANK = 255
 
 

@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from eigenprune.errors import CheckpointError, EigenpruneError
 from eigenprune.hub.delta_decode import DeltaFile
+from eigenprune.hub.delta_encode import write_delta
 from eigenprune.hub.delta_folder import DELTA_NAME
 from eigenprune.hub.delta_manifest import MANIFEST
 from tests.helpers.compare import file_hashes
+from tests.helpers.delta_folders import base_and_delta, delta_folder
 from tests.helpers.deltas import pair, written
 from tests.reliability.tiny_checkpoint import ROUNDS
 
@@ -38,8 +40,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some kilobytes, with every form in it."""
-    from eigenprune.hub.delta_encode import write_delta
-
     base, tuned, masks = pair()
     wide = torch.zeros(40, 40)
     base, tuned = ({n: t for n, t in m.items() if t.numel() < 1000} for m in (base, tuned))
@@ -214,48 +214,49 @@ def test_an_ordinary_model_and_no_file_are_no_delta(tmp_path: Path) -> None:
         DeltaFile(tmp_path / "missing.safetensors")
 
 
+# A forked child for every line, since a start of Python costs seconds; see tests/helpers/save_and_die.py.
 WRITER = """
-import sys
+import os, sys
 from pathlib import Path
-from tests.helpers.delta_folders import base_and_delta, delta_folder
+from tests.helpers.delta_folders import delta_folder
 base, tuned, out = map(Path, sys.argv[1:4])
 print("ready", flush=True)
-while True:
-    for rule in ("first", "second"):
-        delta_folder(base, tuned, out, rule=rule, overwrite=True)
+for _ in sys.stdin:
+    child = os.fork()
+    while child == 0:
+        for rule in ("first", "second"):
+            delta_folder(base, tuned, out, rule=rule, overwrite=True)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("dead", flush=True)
 """
 
 
 def test_g35_killed_writer_leaves_a_whole_old_or_new_delta(tmp_path: Path) -> None:
-    from tests.helpers.delta_folders import base_and_delta, delta_folder
-
     base, tuned, out = base_and_delta(tmp_path)
     wanted = []
     for rule in ("first", "second"):
         delta_folder(base, tuned, out, rule=rule, overwrite=True)
         wanted.append(file_hashes(out))
     choose = random.Random(35)
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(base), str(tuned), str(out)],
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    command = [sys.executable, "-c", WRITER, str(base), str(tuned), str(out)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(choose.uniform(0.05, 0.6))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        assert file_hashes(out) in wanted
+        for _ in range(12):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            child = int(process.stdout.readline())
+            time.sleep(choose.uniform(0.01, 0.3))
+            os.kill(child, signal.SIGKILL)
+            assert process.stdout.readline() == "dead\n"
+            assert file_hashes(out) in wanted
     delta_folder(base, tuned, out, rule="first", overwrite=True)  # sweeps what the killed ones left
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta", "tuned"]
 
 
 def test_full_disk_leaves_the_old_delta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.helpers.delta_folders import base_and_delta, delta_folder
-
     base, tuned, out = base_and_delta(tmp_path)
     before = file_hashes(tmp_path)
     real = Path.open
