@@ -3,7 +3,7 @@
 
 Zeroing entries makes no model faster by itself: the weight stays a dense matrix, with zeros in it, that costs what it
 cost before. On an NVIDIA GPU of compute capability 8.0 or newer, `compress_` hands 2:4 weights in half precision to
-PyTorch's own sparse kernels (`torch.sparse.to_sparse_semi_structured`); everywhere else they stay dense, and it says so.
+PyTorch's own sparse kernels (`torch.sparse.to_sparse_semi_structured`); elsewhere they stay dense, and it says so.
 """
 
 import warnings

@@ -16,8 +16,6 @@ from eigenprune.hub.delta_folder import open_delta
 from eigenprune.hub.delta_manifest import StoredTensor
 from eigenprune.hub.weight_source import DTYPES, tensor_digest
 
-_RECORD = "_eigenprune_exchanged"  # on the model: what is to be put back
-
 
 @dataclass
 class _Exchanged:
@@ -50,10 +48,10 @@ def switch_delta_(model: nn.Module, delta: str | Path | None, *, check: bool = T
 
     If anything fails, the model is as it was.
     """
-    before: list[_Exchanged] = getattr(model, _RECORD, [])
+    before: list[_Exchanged] = getattr(model, "_eigenprune_exchanged", [])
     _exchange_all_(model, before)
     if delta is None:
-        setattr(model, _RECORD, [])
+        _remember(model, [])
         return
     done: list[_Exchanged] = []
     try:
@@ -70,7 +68,7 @@ def switch_delta_(model: nn.Module, delta: str | Path | None, *, check: bool = T
         _exchange_all_(model, done)
         _exchange_all_(model, before)
         raise
-    setattr(model, _RECORD, done)
+    _remember(model, done)
 
 
 @contextmanager
@@ -132,6 +130,11 @@ def _read(delta: DeltaFile, name: str) -> _Exchanged:
     mask = torch.zeros(stored.entries, dtype=torch.bool)
     mask[delta.stored_numbers(name)] = True
     return _Exchanged(name, pack_mask(mask), delta.values(name))
+
+
+def _remember(model: nn.Module, entries: list[_Exchanged]) -> None:
+    """Keep what is to be put back with the model itself, so that a copy of the model has it too."""
+    model.__dict__["_eigenprune_exchanged"] = entries
 
 
 def _exchange_all_(model: nn.Module, entries: list[_Exchanged]) -> None:

@@ -54,7 +54,7 @@ def test_without_a_gpu_weights_stay_dense_and_the_reason_is_given() -> None:
     decompress_(model)
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert why_dense(torch.empty(4, 4, device="meta")) == "no sparse kernel for meta"
-    with pytest.raises(ConfigError, match="nothing|no linear layer"):
+    with pytest.raises(ConfigError, match="no linear layer"):
         compress_(nn.Sequential(nn.Linear(8, 8)))
 
 
