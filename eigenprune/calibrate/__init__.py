@@ -3,6 +3,7 @@
 
 from eigenprune.calibrate.cache import default_cache_dir
 from eigenprune.calibrate.collect import collect_statistics
+from eigenprune.calibrate.entry_statistics import EntryStatistics, collect_entry_statistics
 from eigenprune.calibrate.sampled import SAMPLED, Sampling, can_sample, sample_windows
 from eigenprune.calibrate.source import SOURCES, Calibration, calibration_windows
 from eigenprune.calibrate.statistics import Statistics
@@ -15,11 +16,13 @@ __all__ = [
     "SEPARATOR",
     "SOURCES",
     "Calibration",
+    "EntryStatistics",
     "Sampling",
     "Statistics",
     "builtin_texts",
     "calibration_windows",
     "can_sample",
+    "collect_entry_statistics",
     "collect_statistics",
     "cut_windows",
     "default_cache_dir",

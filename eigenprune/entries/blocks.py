@@ -43,26 +43,33 @@ class Entries:
         name: of the tensor.
         tuned: the tensor of the fine-tuned model, any rank and floating dtype.
         base: the base model's, of the same shape; None for zeros.
+        transposed: whether both are turned on their side, beside what the models hold.
     """
 
     name: str
     tuned: Tensor
     base: Tensor | None
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, entries of a row)."""
         return rows_of(self.tuned.shape)
 
-    def blocks(self, whole: bool = False) -> Iterator[Block]:
-        """The rows from first to last, `ENTRIES` entries or at least one row at a time; with `whole`, all at once.
+    def shaped(self, mask: Tensor) -> Tensor:
+        """A flat or [rows, m] mask in the shape that the model holds the tensor in."""
+        mask = mask.reshape(self.tuned.shape)
+        return mask.t() if self.transposed else mask
+
+    def blocks(self) -> Iterator[Block]:
+        """The rows from first to last, `ENTRIES` entries or at least one row at a time.
 
         Raises:
             WeightError: NaN or infinity, in either model.
         """
         count, width = self.shape
-        step = count if whole else max(1, ENTRIES // max(1, width))
-        for start in range(0, count, max(1, step)):
+        step = max(1, ENTRIES // max(1, width))
+        for start in range(0, count, step):
             tuned = self._rows(self.tuned, start, step, "fine-tuned")
             base = torch.zeros_like(tuned) if self.base is None else self._rows(self.base, start, step, "base")
             yield Block(self.name, start, tuned, base.to(tuned.dtype))
@@ -80,6 +87,7 @@ class Entries:
         if len(bad):
             place = int(bad[0]) + start * rows.shape[1]
             index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), shape))
+            index = index[::-1] if self.transposed else index
             value = float(rows.reshape(-1)[bad[0]])
             raise WeightError(f"{self.name}: {value} at index {index} of the {whose} model; entries cannot be ranked")
 

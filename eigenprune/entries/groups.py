@@ -33,12 +33,13 @@ class Plan:
 
 
 def plan_tensors(
-    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], keep_whole: Sequence[str], only: Sequence[str]
+    base: Mapping[str, Tensor] | None, tuned: Mapping[str, Tensor], keep_whole: Sequence[str], only: Sequence[str]
 ) -> Plan:
     """Sort the floating tensors of `tuned`; integer and bool tensors are no entry's business, and in none of the lists.
 
     A tensor is kept whole where a pattern of `keep_whole` matches its name (or that of a tensor tied to it), where
-    `only` is given and matches none, and where the base model does not have it.
+    `only` is given and matches none, and where the base model does not have it. Without a base model (entries go to
+    zero), nothing is asked of it.
 
     Raises:
         ConfigError: a pattern is no regular expression, or matches no tensor (a default pattern may).
@@ -47,6 +48,7 @@ def plan_tensors(
     names = [name for name in tuned if tuned[name].is_floating_point()]
     same = tied_names(tuned, names)
     wanted, unwanted = _matching(only, names), _matching(keep_whole, names)
+    chosen: list[str] = []
     whole: list[str] = []
     in_base: dict[str, str] = {}
     for name in names:
@@ -54,14 +56,17 @@ def plan_tensors(
             continue
         group = [name, *(other for other, first in same.items() if first == name)]
         inside = not only or any(other in wanted for other in group)
-        present = [other for other in group if other in base]
-        if not inside or not present or any(other in unwanted for other in group):
+        present = [] if base is None else [other for other in group if other in base]
+        if not inside or (base is not None and not present) or any(other in unwanted for other in group):
             whole.append(name)
+            continue
+        chosen.append(name)
+        if base is None:
             continue
         in_base[name] = present[0]
         for other in present:
             _check_pair(other, base[other], tuned[name], base[present[0]])
-    return Plan(tuple(in_base), tuple(whole), same, in_base)
+    return Plan(tuple(chosen), tuple(whole), same, in_base)
 
 
 def tied_names(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, str]:

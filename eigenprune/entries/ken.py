@@ -6,8 +6,8 @@ range, and rounded; each point, by falling density, takes the nearest value that
 the density decides on the order only: what is kept is an even cover of the range of values.
 
 The authors' code marks what it resets by 0.0, and finds what it keeps by value: an entry that is zero is always reset,
-equal values are kept or reset together, and a constant row cannot be done. Here a row keeps exactly k entries, the lower
-index first among equal ones, and of a constant row the first k.
+equal values are kept or reset together, and a constant row cannot be done. Here a row keeps exactly k entries, the
+lower index first among equal ones, and of a constant row the first k.
 """
 
 from collections.abc import Callable
