@@ -28,6 +28,10 @@ def make(
     scope: Annotated[
         str | None, typer.Option(help="Of which the share is kept: row, layer or global; default: the rule's own.")
     ] = None,
+    row_entries: Annotated[
+        int | None, typer.Option(help="In the place of --keep: so many entries of every row (the k of KEN).")
+    ] = None,
+    least: Annotated[float, typer.Option(help="With scope global, the share that every tensor keeps at least.")] = 0.0,
     keep_whole: Annotated[
         list[str] | None, typer.Option(help="Regular expression of tensors to keep whole; default: heads; repeatable.")
     ] = None,
@@ -74,6 +78,8 @@ def make(
             rule,
             keep,
             scope=scope,
+            row_entries=row_entries,
+            least=least,
             keep_whole=HEADS if keep_whole is None else keep_whole,
             only=only or (),
             seed=seed,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sparse delta goes to the Hub with its card, and comes back over a base that is fetched from there too."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,13 @@ def test_delta_is_pushed_and_pulled_with_its_base(folders: tuple[Path, Path, Pat
             hub.make("org/other", files=wrong)
             words = ["delta", "apply", "org/other", REPO, "--out", str(tmp_path / "none"), "--quiet"]
             refused = client("command", words=words)["value"]
-        files = hub.files(REPO)
+            words = ["delta", "make", BASE, str(tuned), "--rule", "random", "--out", str(tmp_path / "made"), "--json"]
+            made = client("command", words=[*words, "--quiet"])["value"]
+            assert made["code"] == 0, made["output"]
+        files, commit = hub.files(REPO), hub.repos[BASE].branches["main"]
         hub.shutdown()
+    facts = json.loads(made["stdout"])
+    assert (facts["base_model"], facts["base_revision"]) == (BASE, commit)
     expected = {name: tensor_hash(tensor) for name, tensor in merged_state(base, tuned).items()}
     assert expected.items() <= pulled["value"]["state"].items()
     assert refused["code"] == 1
