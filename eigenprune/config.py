@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eigenprune.calibrate import SOURCES
+from eigenprune.entries.delta_header import check_delta_header
 from eigenprune.errors import ConfigError
 from eigenprune.layers import LAYOUTS
 from eigenprune.spectral import ALLOCATIONS, BUDGETS, find_method
@@ -49,6 +50,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
         seed: of sampled text, and of methods that draw labels.
         modules: of a pruned model: {layer name: [layout, rank]}. Filled in when a model is saved.
         provenance: of a pruned model: how it was made. Filled in by `prune_`.
+        delta: of a sparse delta: its base, and how its entries were chosen. Filled in by `eigenprune delta make`.
         format_version: of the saved form; a newer one than this package knows is refused.
 
     Raises:
@@ -72,6 +74,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
     seed: int = 0
     modules: dict[str, list[Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    delta: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -106,6 +109,10 @@ class EigenpruneConfig(QuantizationConfigMixin):
             if self.texts is not None:
                 raise ConfigError(f"calibration={self.calibration!r} and texts are two sources: give one of them")
         _check_modules(self.modules)
+        if self.delta != {}:
+            check_delta_header(self.delta)
+            if self.modules:
+                raise ConfigError("modules and delta exclude each other: a delta is over a plain model")
         if not isinstance(self.provenance, Mapping):
             raise ConfigError(f"provenance must be a mapping, not {type(self.provenance).__name__}")
 
@@ -131,8 +138,11 @@ class EigenpruneConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """The saved form: plain JSON values, no local path."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "texts"}
+        """The saved form: plain JSON values, no local path; of a delta only what is its own."""
+        if self.delta:
+            own = {"delta": dict(self.delta), "provenance": dict(self.provenance)}
+            return {"quant_method": self.quant_method, **own, "format_version": self.format_version}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("texts", "delta")}
         values["skip"] = list(self.skip)
         values["modules"] = {name: list(entry) for name, entry in self.modules.items()}
         values["provenance"] = dict(self.provenance)

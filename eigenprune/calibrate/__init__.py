@@ -3,6 +3,7 @@
 
 from eigenprune.calibrate.cache import default_cache_dir
 from eigenprune.calibrate.collect import collect_statistics
+from eigenprune.calibrate.entry_statistics import EntryStatistics, collect_entry_statistics
 from eigenprune.calibrate.prior import PRIOR, blended, prior_windows
 from eigenprune.calibrate.sampled import SAMPLED, Sampling, can_sample, sample_windows
 from eigenprune.calibrate.source import SOURCES, Calibration, calibration_windows
@@ -17,12 +18,14 @@ __all__ = [
     "SEPARATOR",
     "SOURCES",
     "Calibration",
+    "EntryStatistics",
     "Sampling",
     "Statistics",
     "blended",
     "builtin_texts",
     "calibration_windows",
     "can_sample",
+    "collect_entry_statistics",
     "collect_statistics",
     "cut_windows",
     "default_cache_dir",

@@ -63,8 +63,13 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
         raise CheckpointError(f"{name}: no tokenizer beside the model ({_first_line(error)})") from error
 
 
-def checkpoint_folder(name: str) -> Path:
+def checkpoint_folder(name: str, *, revision: str | None = None, tokenizer: bool = False) -> Path:
     """The folder of a model on disk, or of a hub id, whose config and safetensors files are fetched to the cache.
+
+    Args:
+        name: folder or id.
+        revision: of a hub model.
+        tokenizer: also fetch the small files beside them.
 
     Raises:
         CheckpointError: there is none, or it cannot be fetched.
@@ -74,10 +79,11 @@ def checkpoint_folder(name: str) -> Path:
 
     if Path(name).is_dir():
         return Path(name)
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    if tokenizer:
+        wanted += ["*.json", "*.txt", "*.model", "*.jinja", "SHA256SUMS", "README.md", "LICENSE*", "NOTICE*"]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(f"{name}: no such folder, and no model on the hub ({_first_line(error)})") from error
 

@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from eigenprune import __version__
+from eigenprune.cli import delta
 from eigenprune.cli.card import card
 from eigenprune.cli.evaluate import evaluate
 from eigenprune.cli.extract_lora import extract_lora
@@ -22,6 +23,7 @@ from eigenprune.cli.inspect import inspect
 from eigenprune.cli.output import fail
 from eigenprune.cli.prune import prune
 from eigenprune.cli.push import push
+from eigenprune.cli.view import view
 from eigenprune.errors import EigenpruneError
 
 app = typer.Typer(
@@ -55,6 +57,16 @@ app.command("inspect")(explained(inspect))
 app.command("extract-lora")(explained(extract_lora))
 app.command("card")(explained(card))
 app.command("push")(explained(push))
+deltas = typer.Typer(
+    help="Store fine-tuned models as the entries that differ from their base.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+deltas.command("make")(explained(delta.make))
+deltas.command("apply")(explained(delta.apply))
+deltas.command("inspect")(explained(delta.inspect))
+app.add_typer(deltas, name="delta")
+app.command("view")(explained(view))
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,9 @@
 """Checkpoints on disk and on the Hub: saving, the model card, pushing."""
 
 from eigenprune.hub.card import CARD_NAME, build_card, write_card
+from eigenprune.hub.delta_folder import apply_delta, save_delta
+from eigenprune.hub.delta_loading import load_delta
+from eigenprune.hub.delta_switch import delta_applied, switch_delta_
 from eigenprune.hub.facts import hash_weights
 from eigenprune.hub.lora_extraction import LoraExtraction, extract_lora
 from eigenprune.hub.push import push_to_hub
@@ -12,11 +15,16 @@ __all__ = [
     "CARD_NAME",
     "REPORT_NAME",
     "LoraExtraction",
+    "apply_delta",
     "build_card",
+    "delta_applied",
     "extract_lora",
     "hash_weights",
+    "load_delta",
     "push_to_hub",
     "rebuild_command",
+    "save_delta",
     "save_model",
+    "switch_delta_",
     "write_card",
 ]

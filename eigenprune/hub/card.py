@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from eigenprune.errors import CheckpointError, HubError
+from eigenprune.hub.delta_folder import is_delta_folder
 from eigenprune.hub.escape import code, plain
 from eigenprune.hub.facts import CheckpointFacts, read_facts
 from eigenprune.hub.measured import Measured, read_measured
@@ -59,6 +60,14 @@ def build_card(
     check_revision(revision)
     if base_model is not None:
         check_repo(base_model)
+    if is_delta_folder(folder):
+        from eigenprune.hub.delta_card import build_delta_card  # which has parts of this module
+
+        if tuple(results):
+            raise HubError(
+                "results of `eigenprune eval` are for the card of a pruned model; a delta's has no place yet"
+            )
+        return build_delta_card(folder, repo, base_model=base_model, revision=revision)
     facts = read_facts(folder)
     measured = read_measured(results, facts)
     pruned_from = str(facts.config.provenance.get("base_model") or "")
@@ -122,7 +131,7 @@ def write_card(folder: Path, repo: str, **options: Any) -> Path:
 def _front_matter(
     facts: CheckpointFacts, measured: Sequence[Measured], base: str, name: str, task: str | None
 ) -> ModelCardData:
-    carried = _carried(facts)
+    carried = carried_fields(facts)
     is_id = HUB_ID.fullmatch(base) is not None
     # Results on any text. The Hub's newer `.eval_results` files are for data sets that it lists as benchmarks.
     results = [
@@ -151,7 +160,7 @@ def _front_matter(
     )
 
 
-def _carried(facts: CheckpointFacts) -> dict[str, Any]:
+def carried_fields(facts: CheckpointFacts) -> dict[str, Any]:
     """Licence and language of the base, checked again: the config may have been edited."""
     card = facts.config.provenance.get("base_card")
     found: dict[str, Any] = {}
@@ -201,7 +210,7 @@ def _making(facts: CheckpointFacts, pruned_from: str) -> list[list[str]]:
         ["calibration", _calibration(calibration)],
         ["hash of its tokens", code(calibration["texts_hash"]) if "texts_hash" in calibration else ""],
         ["seed", str(config.seed)],
-        ["versions", _versions(config.provenance.get("versions"))],
+        ["versions", version_list(config.provenance.get("versions"))],
     ]
     return [row for row in rows if row[1]]
 
@@ -222,7 +231,8 @@ def _sampling(sampling: object) -> str:
     return f", written by the base itself: temperature {numbers[0]:g}, documents of {numbers[1]:g} tokens"
 
 
-def _versions(versions: object) -> str:
+def version_list(versions: object) -> str:
+    """What `provenance` says of the versions, on one line; what does not look like a version is left out."""
     found = versions.items() if isinstance(versions, dict) else ()
     return ", ".join(f"{name} {number}" for name, number in found if _is_version(name, number))
 

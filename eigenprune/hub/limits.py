@@ -31,16 +31,28 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
         if path.stat().st_size > largest:
             raise CheckpointError(f"{path.name} is larger than {largest // MIB} MiB, which no honest one is")
         raw = path.read_bytes()
-        if sum(map(raw.count, (b",", b"[", b"{"))) > MOST_TENSORS + 1000:
-            raise CheckpointError(f"{path.name} holds more than {MOST_TENSORS:,} entries, which no honest one does")
-        value = json.loads(raw)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"{path.name} cannot be read as JSON ({type(error).__name__}): {path.parent.name}"
         ) from error
+    return parse_json(raw, path.name, path.parent.name)
+
+
+def parse_json(raw: bytes, name: str, place: str, most: int = MOST_TENSORS + 1000) -> dict[str, Any]:
+    """The JSON object in `raw`, which is called `name` and comes from `place`; at most `most` entries are parsed.
+
+    Raises:
+        CheckpointError: there is none, or it is longer or deeper than any honest one.
+    """
+    try:
+        if sum(map(raw.count, (b",", b"[", b"{"))) > most:
+            raise CheckpointError(f"{name} holds more than {most - 1000:,} entries, which no honest one does")
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} cannot be read as JSON ({type(error).__name__}): {place}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} holds no JSON object")
-    _check_depth(path.name, value)
+        raise CheckpointError(f"{name} holds no JSON object")
+    _check_depth(name, value)
     return value
 
 

@@ -86,11 +86,17 @@ def push_to_hub(
         check_card(outgoing.texts[CARD_NAME].decode("utf-8", errors="replace"))
         used = token or get_token()
         refuse_secrets(outgoing.texts, tokens=[used] if used else [], published=_public_words(facts, repo, base_model))
-        message = commit_message or f"Model pruned by eigenprune, keep {facts.config.keep:g}"
+        message = commit_message or _message(facts)
         remote = Remote(HfApi(token=used), repo, revision, create_pr=create_pr)
         with explained(remote, used):
             remote.prepare(private)
             return remote.commit(_operations(remote, outgoing), message)
+
+
+def _message(facts: CheckpointFacts) -> str:
+    if facts.config.delta:
+        return f"Sparse delta by eigenprune, rule {facts.config.delta['rule']}, keep {facts.config.delta['keep']:g}"
+    return f"Model pruned by eigenprune, keep {facts.config.keep:g}"
 
 
 def _operations(remote: Remote, outgoing: Outgoing) -> list[CommitOperationAdd | CommitOperationDelete]:
@@ -119,6 +125,6 @@ def _folder(
 
 def _public_words(facts: CheckpointFacts, repo: str, base_model: str | None) -> list[str]:
     """Names that the repository shows in any case."""
-    base = base_model or str(facts.config.provenance.get("base_model") or "")
+    base = base_model or str((facts.config.delta or facts.config.provenance).get("base_model") or "")
     layers = [layer.name.replace(".", " ").replace("_", " ") for layer in facts.layers[:200]]
     return [repo, base, facts.architecture, *layers]

@@ -11,6 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from eigenprune.config import QUANT_METHOD, EigenpruneConfig
 from eigenprune.errors import CheckpointError
 from eigenprune.hub.checkpoint import check_factor_files, check_places
+from eigenprune.hub.delta_loading import MergedFile
 from eigenprune.layers import (
     LowRankLinear,
     dense_weight,
@@ -26,12 +27,16 @@ class EigenpruneHfQuantizer(HfQuantizer):
     """What transformers calls at each step of loading and saving."""
 
     quantization_config: EigenpruneConfig
+    merged: MergedFile | None = None  # of a sparse delta, while it is loaded
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_kwargs: Any
     ) -> None:
         """Put empty factored layers in before any weight is read; the meta device and the dtype are set here."""
         if not self.pre_quantized:
+            return
+        if self.quantization_config.delta:
+            self.merged = MergedFile(self.quantization_config.delta, checkpoint_files)
             return
         layers = {}
         for saved_name, (layout, rank) in self.quantization_config.modules.items():
@@ -55,6 +60,10 @@ class EigenpruneHfQuantizer(HfQuantizer):
 
             # No way back is kept: if pruning fails, loading fails, and the model is dropped.
             prune_(model, self.quantization_config, restore_on_error=False)
+        if self.merged is not None:
+            self.merged.finish(model)
+            self.merged = None
+            self.remove_quantization_config(model)  # what came out is an ordinary model, and is saved as one
         # The weights are plain floating-point numbers: .half(), .float() and full fine-tuning may go ahead.
         model.is_quantized = False  # type: ignore[assignment]
         return model

@@ -37,6 +37,11 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value or key == "base_model"}
 
 
+def base_card(folder: Path) -> dict[str, Any]:
+    """What the card of the model in `folder` says about licence and language; empty where it has none."""
+    return _carried(folder / "README.md")
+
+
 def versions() -> dict[str, str]:
     """Python and the packages that the numbers depend on."""
     found = {"python": platform.python_version()}

@@ -257,8 +257,8 @@ FAULTS = (
     Fault(
         "token in the commit message",
         "hub/push.py",
-        "message = commit_message or f",
-        "message = str(used) + f",
+        "message = commit_message or _message(facts)",
+        "message = str(used) + _message(facts)",
         ("tests/reliability/test_secrets.py", "-k", "sinks and argument"),
     ),
     Fault(
@@ -290,6 +290,48 @@ FAULTS = (
         "places = places.scatter(0, pivots, torch.arange(len(pivots), device=pivots.device))",
         "places = places.scatter(0, pivots.flip(0), torch.arange(len(pivots), device=pivots.device))",
         ("tests/hub/test_modeling.py", "-k", "without_the_package"),
+    ),
+    Fault(
+        "delta applied to any base",
+        "hub/delta_decode.py",
+        "        self.check_base(base, progress)\n",
+        "",
+        ("tests/hub/test_delta_file.py", "-k", "wrong_base"),
+    ),
+    Fault(
+        "zeros of either sign are one in a delta",
+        "hub/delta_encode.py",
+        "return one.contiguous().view(kind) == other.contiguous().view(kind)",
+        "return one == other",
+        ("tests/hub/test_delta_file.py", "-k", "round_trip"),
+    ),
+    Fault(
+        "count of a delta's entries believed",
+        "hub/delta_decode.py",
+        "if numbers.numel() != tensor.stored:",
+        "if tensor.stored < 0:",
+        ("tests/reliability/test_hostile_deltas.py", "-k", "g6 and mask"),
+    ),
+    Fault(
+        "config and delta may differ",
+        "hub/delta_folder.py",
+        "if manifest.header() != dict(header):",
+        "if header is None:",
+        ("tests/hub/test_delta_loading.py", "-k", "contradicts"),
+    ),
+    Fault(
+        "switched entries are not kept for the way back",
+        "hub/delta_switch.py",
+        "    entry.values = old.cpu()\n",
+        "",
+        ("tests/hub/test_delta_switch.py", "-k", "goes_back_bit_for_bit"),
+    ),
+    Fault(
+        "random mask expected to have no edges",
+        "report/entries_view.py",
+        "{1: 2, 2: length - 2} if length > 2",
+        "{2: length} if length > 2",
+        ("tests/report/test_entries_view.py", "-k", "average_over_all_masks"),
     ),
 )
 MOST_SURVIVORS = 1
