@@ -3,6 +3,7 @@
 
 from eigenprune.calibrate.cache import default_cache_dir
 from eigenprune.calibrate.collect import collect_statistics
+from eigenprune.calibrate.passages import Passage, passage_batches, passage_losses
 from eigenprune.calibrate.sampled import SAMPLED, Sampling, can_sample, sample_windows
 from eigenprune.calibrate.source import SOURCES, Calibration, calibration_windows
 from eigenprune.calibrate.statistics import Statistics
@@ -15,6 +16,7 @@ __all__ = [
     "SEPARATOR",
     "SOURCES",
     "Calibration",
+    "Passage",
     "Sampling",
     "Statistics",
     "builtin_texts",
@@ -23,6 +25,8 @@ __all__ = [
     "collect_statistics",
     "cut_windows",
     "default_cache_dir",
+    "passage_batches",
+    "passage_losses",
     "read_texts",
     "row_texts",
     "sample_windows",
