@@ -54,7 +54,8 @@ def mcnemar(gained: int, lost: int) -> float:
     changed = gained + lost
     # Integers: 2^changed is beyond every float from a thousand questions on.
     tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    ways = 1 << changed
+    return min(1.0, 2 * tail / ways)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ The prompts are those of the released code of Eigenpruning (arXiv 2404.03147), l
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from eigenprune.errors import CalibrationError
 
@@ -134,5 +134,5 @@ def _label(row: Mapping[str, Any], count: int) -> int:
     return value
 
 
-def _strings(value: object) -> bool:
+def _strings(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)

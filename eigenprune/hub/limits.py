@@ -30,17 +30,28 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
     try:
         if path.stat().st_size > largest:
             raise CheckpointError(f"{path.name} is larger than {largest // MIB} MiB, which no honest one is")
-        raw = path.read_bytes()
-        if sum(map(raw.count, (b",", b"[", b"{"))) > MOST_TENSORS + 1000:
-            raise CheckpointError(f"{path.name} holds more than {MOST_TENSORS:,} entries, which no honest one does")
-        value = json.loads(raw)
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(path.name, path.read_bytes())
+    except OSError as error:
         raise CheckpointError(
             f"{path.name} cannot be read as JSON ({type(error).__name__}): {path.parent.name}"
         ) from error
+
+
+def parse_json(name: str, raw: bytes) -> dict[str, Any]:
+    """The JSON object in the bytes of `name`, which is a file, or in words a part of one.
+
+    Raises:
+        CheckpointError: there is none, or it is longer or deeper than any honest one.
+    """
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MOST_TENSORS + 1000:
+        raise CheckpointError(f"{name} holds more than {MOST_TENSORS:,} entries, which no honest one does")
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} cannot be read as JSON ({type(error).__name__})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} holds no JSON object")
-    _check_depth(path.name, value)
+        raise CheckpointError(f"{name} holds no JSON object")
+    _check_depth(name, value)
     return value
 
 

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SmolLM2-135M-Instruct on five tasks, before and after removing what hurts each, whatever the outcome.
+
+python benchmarks/task_smollm2.py --stage before               # accuracy of the untouched model, some minutes
+python benchmarks/task_smollm2.py --stage after --tasks int-mult
+python benchmarks/task_smollm2.py --table                      # the rows kept so far, nothing measured
+
+INT-SUM and INT-MULT are made; basic_arithmetic, CB and COPA come from the shared folder (EIGENPRUNE_SHARED). Rows that
+are there already are not measured again. CB and COPA have no training file here: half of their validation set is the
+test, the other half is what is learned from and stopped by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import ROOT, environment, shared_folder
+from get_smollm2 import PROVENANCE, get_smollm2
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eigenprune.evaluate import answer_losses, right_answers
+from eigenprune.evaluate.intervals import wilson_interval
+from eigenprune.evaluate.tasks import find_task
+from eigenprune.evaluate.token_example import TokenExample
+
+RESULTS = Path(__file__).parent / "results" / "tasks.jsonl"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of a task is used.
+
+    Attributes:
+        data: folder in the shared data; None where the rows are made.
+        train, held_out, test: how many rows of each split at most.
+        held_out_part: of the rows that are no test.
+    """
+
+    data: str | None
+    train: int
+    held_out: int
+    test: int
+    held_out_part: float = 0.2
+
+
+PLANS = {
+    "int-sum": Plan(None, 256, 128, 500),
+    "int-mult": Plan(None, 256, 64, 80),
+    "basic-arithmetic": Plan("basic_arithmetic", 256, 128, 400),
+    "cb": Plan("cb", 16, 12, 28, 0.43),
+    "copa": Plan("copa", 30, 20, 50, 0.4),
+}
+
+
+def examples(tokenizer: Any, name: str, split: str) -> list[TokenExample]:
+    """The examples of a split of the plan."""
+    plan, shared = PLANS[name], shared_folder()
+    if plan.data is not None and shared is None:
+        sys.exit(f"task_smollm2.py needs the data of the shared folder for {name}: set EIGENPRUNE_SHARED")
+    task = find_task(name, None if plan.data is None or shared is None else shared / "data" / plan.data)
+    limit = {"train": plan.train, "held_out": plan.held_out, "test": plan.test}[split]
+    return task.examples(tokenizer, split, held_out=plan.held_out_part, limit=limit)
+
+
+def measured(model: Any, found: list[TokenExample]) -> dict[str, Any]:
+    """Right answers with their interval, and the mean loss of the right answer."""
+    began = time.perf_counter()
+    right = right_answers(model, found).tolist()
+    loss = float(answer_losses(model, found).double().mean())
+    return {
+        "right": sum(right),
+        "total": len(right),
+        "interval": list(wilson_interval(sum(right), len(right))),
+        "answer_loss": loss,
+        "answers": "".join("01"[one] for one in right),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def kept_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows measured so far."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def keep_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row, with where it comes from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(row | environment()) + "\n")
+
+
+def before(model: Any, tokenizer: Any, names: list[str], out: Path) -> None:
+    """Measure the untouched model on the test split of each task."""
+    done = {row["task"] for row in kept_rows(out) if row["stage"] == "before"}
+    for name in names:
+        if name not in done:
+            row = {"stage": "before", "task": name, "model": PROVENANCE}
+            keep_row(out, row | measured(model, examples(tokenizer, name, "test")))
+            print(f"{name}: {kept_rows(out)[-1]['right']} of {kept_rows(out)[-1]['total']}", file=sys.stderr)
+
+
+def main() -> None:
+    """Measure the rows that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("before", "after"), default="before")
+    parser.add_argument("--tasks", nargs="*", choices=list(PLANS), default=list(PLANS))
+    parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    folder = get_smollm2(options.models)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before(model, tokenizer, options.tasks, options.out)
+
+
+if __name__ == "__main__":
+    main()
