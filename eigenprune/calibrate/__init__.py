@@ -3,7 +3,8 @@
 
 from eigenprune.calibrate.cache import default_cache_dir
 from eigenprune.calibrate.collect import collect_statistics
-from eigenprune.calibrate.passages import Passage, passage_batches, passage_losses
+from eigenprune.calibrate.passage_gradients import PassageGradients, passage_gradients
+from eigenprune.calibrate.passages import Passage, PassageBatch, batch_losses, collate, passage_batches, passage_losses
 from eigenprune.calibrate.sampled import SAMPLED, Sampling, can_sample, sample_windows
 from eigenprune.calibrate.source import SOURCES, Calibration, calibration_windows
 from eigenprune.calibrate.statistics import Statistics
@@ -17,15 +18,20 @@ __all__ = [
     "SOURCES",
     "Calibration",
     "Passage",
+    "PassageBatch",
+    "PassageGradients",
     "Sampling",
     "Statistics",
+    "batch_losses",
     "builtin_texts",
     "calibration_windows",
     "can_sample",
+    "collate",
     "collect_statistics",
     "cut_windows",
     "default_cache_dir",
     "passage_batches",
+    "passage_gradients",
     "passage_losses",
     "read_texts",
     "row_texts",
