@@ -86,9 +86,9 @@ class AppliedAdapter:
                 module = self.model.get_submodule(name)
                 dense_weight(module).copy_(weight)
                 if bias is None:
-                    module.bias = None
-                else:
-                    module.bias.copy_(bias)  # type: ignore[operator]
+                    module.register_parameter("bias", None)
+                elif isinstance(module.bias, Tensor):
+                    module.bias.copy_(bias)
         self._kept.clear()
         return self.model
 

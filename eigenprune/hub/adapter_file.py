@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from eigenprune.hub.base_weights import SHORT, BaseWeights
 from eigenprune.hub.limits import MIB, check_header, parse_json
 from eigenprune.hub.names import is_weight_name
 from eigenprune.removal import Removal
+from eigenprune.spectral.slices import KINDS, VIEWS
 
 ADAPTER_VERSION = 1
 HEADER_KEY = "eigenprune"
@@ -35,7 +37,6 @@ LARGEST_ADAPTER = 256 * MIB  # 40,000 layers of 1,500 outputs; one of a 70B mode
 LONGEST_NAME = 512
 LAYER_FIELDS = {"kind", "view", "rank", "weights"}
 FIELDS = {"format", "format_version", "base", "layers", "provenance"}
-WORD = re.compile(r"[a-z_+]{1,64}", re.ASCII)
 WHOLE_HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 LAYER_HASH = re.compile(rf"[0-9a-f]{{{SHORT}}}", re.ASCII)
 
@@ -82,7 +83,8 @@ def write_adapter(adapter: Adapter, path: str | Path, *, overwrite: bool = False
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}; nothing was changed") from error
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
     return path
 
 
@@ -171,9 +173,9 @@ def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapte
             f"the adapter has format {version}, and this eigenprune knows {ADAPTER_VERSION}: update it "
             "(pip install -U eigenprune)"
         )
-    base, layers, provenance = (header.get(name) for name in ("base", "layers", "provenance"))
-    if set(header) != FIELDS or not all(isinstance(part, dict) for part in (base, layers, provenance)):
+    if set(header) != FIELDS or not all(isinstance(header[part], dict) for part in ("base", "layers", "provenance")):
         raise CheckpointError("the header does not have the fields of an adapter")
+    base, layers, provenance = header["base"], header["layers"], header["provenance"]
     names, whole, revision = _base(base)
     removal = Removal({}, {}, {}, {})
     digests = {}
@@ -212,8 +214,9 @@ def _layer_facts(name: str, facts: object) -> tuple[int, str]:
     rank = facts["rank"]
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= LARGEST_SIDE:
         raise CheckpointError(f"{name}: {rank!r:.80} is no possible number of components")
-    if not all(isinstance(facts[key], str) and WORD.fullmatch(facts[key]) for key in ("kind", "view")):
-        raise CheckpointError(f"{name} has no readable kind and view")
+    kind, view = facts["kind"], facts["view"]
+    if view not in VIEWS or not isinstance(kind, str) or not set(kind.split("+")) <= set(KINDS):
+        raise CheckpointError(f"{name} has no known kind and view")
     if not isinstance(facts["weights"], str) or not LAYER_HASH.fullmatch(facts["weights"]):
         raise CheckpointError(f"{name} does not say for which weights it was made")
     return rank, facts["weights"]
