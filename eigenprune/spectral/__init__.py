@@ -4,7 +4,7 @@
 from eigenprune.spectral.allocation import ALLOCATIONS, Choice, allocate
 from eigenprune.spectral.decompose import Components, Spectrum, components, spectrum
 from eigenprune.spectral.factored import layer_of_factors
-from eigenprune.spectral.methods import METHODS, Method, find_method
+from eigenprune.spectral.methods import METHODS, WORTHS, Method, find_method
 from eigenprune.spectral.metric import Metric, layer_metric
 from eigenprune.spectral.pieces import (
     SlicePieces,
@@ -23,6 +23,7 @@ __all__ = [
     "KINDS",
     "METHODS",
     "VIEWS",
+    "WORTHS",
     "Choice",
     "Components",
     "LayerView",

@@ -87,8 +87,6 @@ def layer_views(
         ConfigError: an unknown view or kind, no layer of these kinds, or heads that do not divide a matrix.
     """
     wanted = check_kinds(kinds)
-    if view not in VIEWS:
-        raise ConfigError(f"view {view!r} is unknown; there are: {', '.join(VIEWS)}")
     found = {}
     for name, module in select_layers(model, skip).chosen.items():
         shape = dense_weight(module).shape
@@ -117,8 +115,10 @@ def layer_view(model: nn.Module, name: str, shape: tuple[int, int], view: str) -
     """The view of one layer with a weight of `shape` (out, in).
 
     Raises:
-        ConfigError: heads do not divide the matrix.
+        ConfigError: an unknown view, or heads that do not divide the matrix.
     """
+    if view not in VIEWS:
+        raise ConfigError(f"view {view!r} is unknown; there are: {', '.join(VIEWS)}")
     config = _text_config(model)
     kinds = _kinds(name, str(config.get("model_type", "")))
     interleaved = kinds == ("q", "k", "v") and _INTERLEAVED.search(name.rpartition(".")[2]) is not None
