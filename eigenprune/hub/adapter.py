@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from eigenprune.errors import CheckpointError
 from eigenprune.hub.adapter_file import Adapter, read_adapter, write_adapter
 from eigenprune.hub.base_weights import BaseWeights, check_base
+from eigenprune.hub.given_biases import forget_biases_, name_biases_
 from eigenprune.layers import dense_weight, is_dense
 from eigenprune.removal import Removal, apply_
 from eigenprune.report import base_facts, versions
@@ -59,6 +60,7 @@ class AppliedAdapter:
     Attributes:
         model: the one that was changed.
         adapter: what was applied.
+        given: the layers that had no bias and have one now.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
@@ -72,6 +74,8 @@ class AppliedAdapter:
             bias = module.bias
             held = bias.detach().clone() if isinstance(bias, Tensor) else None
             self._kept[name] = (dense_weight(module).detach().clone(), held)
+        # Named in the config of a saved model, which else would be read back without them.
+        self.given = [name for name in adapter.removal.bias_deltas if self._kept.get(name, (None, None))[1] is None]
 
     def undo_(self) -> nn.Module:
         """Put the weights and biases back as they were; returns the model.
@@ -90,6 +94,7 @@ class AppliedAdapter:
                 elif isinstance(module.bias, Tensor):
                     module.bias.copy_(bias)
         self._kept.clear()
+        forget_biases_(self.model, self.given)
         return self.model
 
 
@@ -113,4 +118,5 @@ def apply_adapter_(model: nn.Module, adapter: Adapter | str | Path) -> AppliedAd
     check_base(model, adapter.base, adapter.base_model)
     applied = AppliedAdapter(model, adapter)
     apply_(model, adapter.removal)
+    name_biases_(model, applied.given)
     return applied

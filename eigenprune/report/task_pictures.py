@@ -207,10 +207,21 @@ def _probability(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
-def _figure(width: float, height: float) -> Any:
-    """An empty figure of this size in inches, of no window system."""
+def check_matplotlib() -> None:
+    """Check that pictures can be drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401 - only whether it is there
     except ImportError as error:
         raise ConfigError("pictures need matplotlib: pip install 'eigenprune[plots]'") from error
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of this size in inches, of no window system."""
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
