@@ -30,7 +30,7 @@ def task(
     retention: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text that the model must not get worse on; repeatable. Default: Python's own documentation."
+            help="Text that it must not get worse on; repeatable. Default: Python's own documentation."
         ),
     ] = None,
     retention_bound: Annotated[float, typer.Option(help="How far its loss may rise, nats a token.")] = 0.05,

@@ -166,7 +166,7 @@ def tests_figure(views: TaskViews) -> "Figure":
             label = ("before", "after")[side] if place == 0 else None
             panel.bar(left, 100 * value, 0.34, color=colour, label=label)
             error = [[100 * max(0.0, value - low)], [100 * max(0.0, high - value)]]
-            panel.errorbar(left, 100 * value, yerror=error, color="black", capsize=4, linewidth=1)
+            panel.errorbar(left, 100 * value, yerr=error, color="black", capsize=4, linewidth=1)
             panel.text(left, 100 * high + 1.5, f"{100 * value:.1f}", ha="center", fontsize=9)
             highest = max(highest, 100 * high)
     ticks = [f"{share.task}\nn = {share.total}, p = {_probability(share.p_value)}" for share in views.shares]
