@@ -29,9 +29,7 @@ def task(
     pictures: Annotated[Path | None, typer.Option(help="Folder to write PNG pictures to (needs matplotlib).")] = None,
     retention: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Text that it must not get worse on; repeatable. Default: Python's own documentation."
-        ),
+        typer.Option(help="Text that it must not get worse on; repeatable. Default: Python's own documentation."),
     ] = None,
     retention_bound: Annotated[float, typer.Option(help="How far its loss may rise, nats a token.")] = 0.05,
     worth: Annotated[str, typer.Option(help="Rule: exact, paper, compat, random, smallest-sigma or laser.")] = "exact",
@@ -83,7 +81,7 @@ def task(
     loaded = load_model(model, dtype, revision=revision, quiet=quiet)
     tokenizer = load_tokenizer(model, revision=revision)
     examples = task_examples(chosen, tokenizer, train=train, held_out=held_out, test=test, seed=seed)
-    text, source = _retention(tokenizer, retention)
+    text, source = _retention(loaded, tokenizer, retention)
     if retention is None and not quiet:
         errors.print("guarded by Python's own documentation; --retention FILE like your own use is better")
     base, bare = base_weights(loaded), without_bias(loaded)
@@ -132,12 +130,13 @@ def _check_targets(adapter: Path | None, out: Path | None, pictures: Path | None
         check_matplotlib()
 
 
-def _retention(tokenizer: Any, files: list[Path] | None) -> tuple["Tensor", str]:
+def _retention(model: Any, tokenizer: Any, files: list[Path] | None) -> tuple["Tensor", str]:
     """Windows of the text that must not be lost, and its name."""
     from eigenprune.calibrate import BUILTIN, builtin_texts, cut_windows, read_texts
 
     texts = builtin_texts() if files is None else read_texts(files, tokenizer)
-    windows = cut_windows(tokenizer, texts, count=RETENTION_WINDOWS, window=RETENTION_WINDOW)
+    positions = getattr(model.config, "max_position_embeddings", None) or RETENTION_WINDOW
+    windows = cut_windows(tokenizer, texts, count=RETENTION_WINDOWS, window=min(RETENTION_WINDOW, positions))
     return windows, BUILTIN if files is None else ", ".join(path.name for path in files)
 
 
