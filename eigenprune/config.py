@@ -17,6 +17,7 @@ from eigenprune.spectral import ALLOCATIONS, find_method
 QUANT_METHOD = "eigenprune"
 FORMAT_VERSION = 1
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+UNSET = float("nan")  # told by identity: the method decides then
 LARGEST_SIDE = 1 << 24  # a rank beyond this is a lie, told before anything is allocated
 
 
@@ -26,7 +27,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
 
     Args:
         keep: kept fraction of the parameters of the pruned linear layers, in (0, 1]. Embeddings, heads and norms do not
-            count. None takes 0.8, or 1 for a method that removes what stands in a task's way.
+            count. Where it is left out: 0.8, or 1 for a method that removes what stands in a task's way.
         method: a row of the method table: `kfac` (default), `svd-llm`, `asvd`, `svd`. All but `svd` measure the model
             on text; `svd` alone is data-free, and no usable method for language models.
         layout: `pivot` (default) or `pair`, see `LowRankLinear`.
@@ -53,7 +54,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
     """
 
     quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
-    keep: float = None  # type: ignore[assignment]  # always a number once made
+    keep: float = UNSET
     method: str = "kfac"
     layout: str = "pivot"
     allocation: str | None = None
@@ -80,7 +81,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
                 "update it (pip install -U eigenprune)"
             )
         removes = find_method(self.method).removes
-        if self.keep is None:
+        if self.keep is UNSET:
             self.keep = 1.0 if removes else 0.8
         if not _is_fraction(self.keep):
             raise ConfigError(f"keep={self.keep!r} must be in (0, 1]: the fraction of parameters that stays")

@@ -3,7 +3,7 @@
 
 from eigenprune.calibrate.cache import default_cache_dir
 from eigenprune.calibrate.collect import collect_statistics
-from eigenprune.calibrate.passage_gradients import PassageGradients, passage_gradients
+from eigenprune.calibrate.passage_gradients import PassageGradients, partner_rows, passage_gradients
 from eigenprune.calibrate.passages import Passage, PassageBatch, batch_losses, collate, passage_batches, passage_losses
 from eigenprune.calibrate.sampled import SAMPLED, Sampling, can_sample, sample_windows
 from eigenprune.calibrate.source import SOURCES, Calibration, calibration_windows
@@ -30,6 +30,7 @@ __all__ = [
     "collect_statistics",
     "cut_windows",
     "default_cache_dir",
+    "partner_rows",
     "passage_batches",
     "passage_gradients",
     "passage_losses",

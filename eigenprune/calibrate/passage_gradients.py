@@ -38,7 +38,11 @@ class PassageGradients:
 
     def frozen(self, layer: str) -> Tensor:
         """[out, in] float64: <E, this> is the first-order change of the loss if E x is frozen at E xbar, for any E."""
-        return torch.outer(self.output[layer].double(), self.input_mean[layer].double()) - self.weight[layer].double()
+        return self.frozen_at(layer, self.input_mean[layer])
+
+    def frozen_at(self, layer: str, mean: Tensor) -> Tensor:
+        """As `frozen`, where E x is frozen at E mean."""
+        return torch.outer(self.output[layer].double(), mean.double()) - self.weight[layer].double()
 
     def swapped(self, layer: str) -> Tensor:
         """As `frozen`, where E x becomes E x' of another passage: the formula of arXiv 2404.03147."""

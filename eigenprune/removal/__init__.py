@@ -4,6 +4,8 @@
 from eigenprune.removal.apply import apply_
 from eigenprune.removal.frozen import FrozenPieces
 from eigenprune.removal.removal import Removal, RemovalReport, RemovalRound, RemovedPiece, removed_pieces
+from eigenprune.removal.remove import remove_
+from eigenprune.removal.task import TaskExamples, named_task
 
 __all__ = [
     "FrozenPieces",
@@ -11,6 +13,9 @@ __all__ = [
     "RemovalReport",
     "RemovalRound",
     "RemovedPiece",
+    "TaskExamples",
     "apply_",
+    "named_task",
+    "remove_",
     "removed_pieces",
 ]
