@@ -18,6 +18,7 @@ from eigenprune.spectral import ALLOCATIONS, BUDGETS, find_method
 QUANT_METHOD = "eigenprune"
 FORMAT_VERSION = 1
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+UNSET = float("nan")  # told by identity: the method decides then
 LARGEST_SIDE = 1 << 24  # a rank beyond this is a lie, told before anything is allocated
 
 
@@ -27,7 +28,8 @@ class EigenpruneConfig(QuantizationConfigMixin):
 
     Args:
         keep: kept fraction of the parameters (see `budget`) of the pruned linear layers, in (0, 1]. Embeddings, heads
-            and norms do not count.
+            and norms do not count. Where it is left out: 0.8, or 1 for a method that removes what stands in a task's
+            way.
         budget: what `keep` is a fraction of: `parameters` (default), `bytes`, `flops` (multiplications and additions a
             token), or `latency`, the time of the layers on one token, measured on this machine.
         min_keep: no layer keeps a smaller fraction of its parameters than this; 0 sets no limit.
@@ -48,6 +50,9 @@ class EigenpruneConfig(QuantizationConfigMixin):
         windows: how many windows of calibration text.
         window: tokens in a window.
         seed: of sampled text, and of methods that draw labels.
+        task: the name of the task to be better at, for methods such as `eigenprune`; see `eigenprune task --list`.
+        remove: at most this fraction of all components is removed for the task, in (0, 1]; None takes 0.01.
+        biases: of a pruned model: the layers that had no bias and were given one. Filled in by `prune_`.
         modules: of a pruned model: {layer name: [layout, rank]}. Filled in when a model is saved.
         provenance: of a pruned model: how it was made. Filled in by `prune_`.
         delta: of a sparse delta: its base, and how its entries were chosen. Filled in by `eigenprune delta make`.
@@ -58,7 +63,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
     """
 
     quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
-    keep: float = 0.8
+    keep: float = UNSET
     method: str = "kfac"
     layout: str = "pivot"
     allocation: str | None = None
@@ -72,6 +77,9 @@ class EigenpruneConfig(QuantizationConfigMixin):
     windows: int = 40
     window: int = 1024
     seed: int = 0
+    task: str | None = None
+    remove: float | None = None
+    biases: Sequence[str] = ()
     modules: dict[str, list[Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     delta: dict[str, Any] = field(default_factory=dict)
@@ -85,9 +93,12 @@ class EigenpruneConfig(QuantizationConfigMixin):
                 f"this checkpoint has format {self.format_version}, and this eigenprune knows up to {FORMAT_VERSION}: "
                 "update it (pip install -U eigenprune)"
             )
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
+        removes = find_method(self.method).removal is not None
+        if self.keep is UNSET:
+            self.keep = 1.0 if removes else 0.8
+        if not _is_fraction(self.keep):
             raise ConfigError(f"keep={self.keep!r} must be in (0, 1]: the fraction of parameters that stays")
-        find_method(self.method)
+        self._check_task(removes)
         _one_of("layout", self.layout, LAYOUTS)
         if self.allocation is not None:
             _one_of("allocation", self.allocation, tuple(ALLOCATIONS))
@@ -113,8 +124,19 @@ class EigenpruneConfig(QuantizationConfigMixin):
             check_delta_header(self.delta)
             if self.modules:
                 raise ConfigError("modules and delta exclude each other: a delta is over a plain model")
+        self.biases = _strings("biases", self.biases)
+        for name in self.biases:
+            _check_layer_name("biases", name)
         if not isinstance(self.provenance, Mapping):
             raise ConfigError(f"provenance must be a mapping, not {type(self.provenance).__name__}")
+
+    def _check_task(self, removes: bool) -> None:
+        if not removes and (self.task is not None or self.remove is not None):
+            raise ConfigError(f"method {self.method!r} removes nothing for a task: use method='eigenprune', or no task")
+        if self.task is not None and (not isinstance(self.task, str) or not self.task):
+            raise ConfigError(f"task={self.task!r} must be the name of a task")
+        if self.remove is not None and not _is_fraction(self.remove):
+            raise ConfigError(f"remove={self.remove!r} must be in (0, 1]: the fraction of components that may go")
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -144,6 +166,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
             return {"quant_method": self.quant_method, **own, "format_version": self.format_version}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("texts", "delta")}
         values["skip"] = list(self.skip)
+        values["biases"] = list(self.biases)
         values["modules"] = {name: list(entry) for name, entry in self.modules.items()}
         values["provenance"] = dict(self.provenance)
         return {"quant_method": self.quant_method, **values}
@@ -151,6 +174,10 @@ class EigenpruneConfig(QuantizationConfigMixin):
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -166,12 +193,16 @@ def _strings(name: str, values: object) -> tuple[str, ...]:
     return tuple(str(fspath(value)) for value in values)
 
 
+def _check_layer_name(where: str, name: object) -> None:
+    if not isinstance(name, str) or len(name) > 512 or not MODULE_NAME.fullmatch(name):
+        raise ConfigError(f"{where}: {name!r:.80} is no layer name")
+
+
 def _check_modules(modules: object) -> None:
     if not isinstance(modules, Mapping):
         raise ConfigError(f"modules must map layer names to [layout, rank], not be {type(modules).__name__}")
     for name, entry in modules.items():
-        if not isinstance(name, str) or len(name) > 512 or not MODULE_NAME.fullmatch(name):
-            raise ConfigError(f"modules: {name!r:.80} is no layer name")
+        _check_layer_name("modules", name)
         if not isinstance(entry, list | tuple) or len(entry) != 2:
             raise ConfigError(f"modules: {name} must have [layout, rank], not {entry!r:.80}")
         layout, rank = entry

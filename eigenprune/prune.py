@@ -3,9 +3,9 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from eigenprune.config import EigenpruneConfig
 from eigenprune.errors import ConfigError, WeightError
 from eigenprune.evaluate import layer_times
 from eigenprune.layers import (
+    Selection,
     dense_weight,
     factored_parameters,
     low_rank_layers,
@@ -32,6 +33,7 @@ from eigenprune.layers import (
     select_layers,
 )
 from eigenprune.memory import page_span, release_pages, release_unused
+from eigenprune.removal import RemovalReport, TaskExamples, named_task, remove_
 from eigenprune.report import LayerReport, PruneReport, base_facts, versions
 from eigenprune.spectral import (
     ALLOCATIONS,
@@ -51,6 +53,8 @@ from eigenprune.spectral import (
     solve_allocation,
 )
 
+DEFAULT_REMOVE = 0.01
+RETENTION_WINDOWS, RETENTION_WINDOW = 16, 256  # of the calibration text, where a task names nothing to retain
 DATA_FREE_WARNING = (
     "method 'svd' looks at no data. On language models it is no usable default: at keep=0.8 perplexity rises a "
     "million-fold where method='kfac' adds some percent. Use method='kfac', with texts=[...] like those the model "
@@ -66,6 +70,7 @@ def prune_(
     texts: Iterable[Any] | None = None,
     windows: Tensor | None = None,
     statistics: Statistics | None = None,
+    task: TaskExamples | None = None,
     cache_dir: Path | None = None,
     restore_on_error: bool = True,
     progress: bool = True,
@@ -74,6 +79,9 @@ def prune_(
 
     Everything that can fail is done before the first layer changes. A transformers model can then be saved with its own
     `save_pretrained`, and loads again with plain `from_pretrained`.
+
+    With a method that removes components for a task (`eigenprune`), those go first, under the guard of a retention set
+    (see `remove_`); what is left is then compressed to `config.keep`, where that is below 1.
 
     Memory: the model, the statistics (see `collect_statistics`), and float64 copies of the layer at work. With
     `restore_on_error`, the dense weights too until the last layer is done.
@@ -86,6 +94,8 @@ def prune_(
             `messages`, such as a `datasets.Dataset`.
         windows: [windows, window] int64 token ids, instead of texts.
         statistics: what `collect_statistics` measured on this model, instead of measuring.
+        task: examples of the task and of what must be retained, instead of the task that `config.task` names and of
+            the calibration text.
         cache_dir: where statistics are kept; None takes `$EIGENPRUNE_CACHE` or the user's cache folder.
         restore_on_error: put the dense layers back if factoring fails or is interrupted.
         progress: show bars on standard error.
@@ -97,10 +107,15 @@ def prune_(
         BudgetError: `keep` is below what the smallest ranks take.
     """
     method = find_method(config.method)
-    allocation = config.allocation or method.allocation
-    clock = _Clock()
     if low_rank_layers(model):
         raise ConfigError("the model is pruned already; prune the dense model, or turn this one back with to_dense_")
+    if method.removal is not None:
+        given = _Given(tokenizer, texts, windows, statistics, task, cache_dir, restore_on_error, progress)
+        return _prune_for_task_(model, config, given)
+    if task is not None:
+        raise ConfigError(f"method {config.method!r} takes no task; use method='eigenprune'")
+    allocation = config.allocation or method.allocation
+    clock = _Clock()
     selection = select_layers(model, config.skip)
     chosen, skipped = selection.chosen, selection.skipped  # not copies: a factored layer's weight must go
     _require_layers(chosen, skipped)
@@ -178,6 +193,102 @@ def _options(
         )
         release_unused()
     return options
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What `prune_` was called with, beside model and config."""
+
+    tokenizer: Any
+    texts: Iterable[Any] | None
+    windows: Tensor | None
+    statistics: Statistics | None
+    task: TaskExamples | None
+    cache_dir: Path | None
+    restore_on_error: bool
+    progress: bool
+
+
+def _prune_for_task_(model: nn.Module, config: EigenpruneConfig, given: _Given) -> PruneReport:
+    """Remove what stands in the task's way, then compress what is left if `config.keep` asks for it."""
+    selection = select_layers(model, config.skip)
+    _require_layers(selection.chosen, selection.skipped)
+    _check_weights(selection.chosen)
+    clock, before = _Clock(), _size(model)
+    windows = given.windows
+    with clock("texts"):
+        if windows is None and (given.task is None or given.task.retention is None or config.keep < 1):
+            where = given.cache_dir or default_cache_dir()
+            windows = _calibration(model, config, given.tokenizer, given.texts, None, where, given.progress).windows
+        task = given.task or named_task(model, config.task, given.tokenizer)
+        retention = windows[:RETENTION_WINDOWS, :RETENTION_WINDOW] if task.retention is None else task.retention
+    without = [name for name, module in selection.chosen.items() if module.bias is None]
+    with _undo_on_error(model, {}), _weights_kept(selection.chosen if given.restore_on_error else {}):
+        with clock("removal"):
+            removal = remove_(
+                model,
+                task.examples,
+                retention=retention,
+                held_out=task.held_out,
+                worth=find_method(config.method).removal,
+                remove=DEFAULT_REMOVE if config.remove is None else config.remove,
+                skip=config.skip,
+                seed=config.seed,
+                progress=given.progress,
+                **dict(task.settings),
+            )
+        biases = [name for name in without if selection.chosen[name].bias is not None]
+        if config.keep < 1:
+            rest = replace(config, method="kfac", task=None, remove=None)
+            compressed = prune_(
+                model,
+                rest,
+                windows=windows,
+                statistics=given.statistics,
+                cache_dir=given.cache_dir,
+                restore_on_error=given.restore_on_error,
+                progress=given.progress,
+            )
+            layers, calibration = compressed.layers, compressed.calibration
+            clock.seconds |= compressed.seconds
+        else:
+            layers, calibration = tuple(_dense_reports(selection, removal)), {}
+        report = PruneReport(
+            layers=layers,
+            settings=_settings(config, config.allocation or find_method(config.method).allocation)
+            | {"task": config.task, "remove": removal.settings["remove"]},
+            calibration=calibration,
+            model_parameters=(before[0], _size(model)[0]),
+            model_bytes=(before[1], _size(model)[1]),
+            seconds=clock.seconds,
+            removal=removal,
+        )
+        _make_savable(model, config, report, biases)
+    return report
+
+
+def _dense_reports(selection: Selection, removal: RemovalReport) -> Iterator[LayerReport]:
+    for name, shape in selection.shapes.items():
+        gone = int(removal.removal.masks[name].sum()) if name in removal.removal.masks else 0
+        reason = f"{gone} components removed" if gone else selection.skipped.get(name, "no component removed")
+        yield LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], None, reason)
+
+
+@contextmanager
+def _weights_kept(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put the weights and biases of `layers` back, bit for bit, if anything fails."""
+    kept = {name: (dense_weight(layer).detach().clone(), layer.bias) for name, layer in layers.items()}
+    biases = {name: None if bias is None else bias.detach().clone() for name, (_, bias) in kept.items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, (weight, bias) in kept.items():
+                dense_weight(layers[name]).copy_(weight)
+                layers[name].bias = bias
+                if bias is not None:
+                    bias.copy_(biases[name])
+        raise
 
 
 def _allocation(
@@ -343,7 +454,7 @@ def _layer_reports(
             yield LayerReport(name, shape, layout, choice.rank, parameters, choice.loss)
 
 
-def _make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneReport) -> None:
+def _make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneReport, biases: Sequence[str] = ()) -> None:
     """Give a transformers model the quantizer that saves it, found through transformers' own table."""
     from transformers import PreTrainedModel
     from transformers.quantizers.auto import AutoHfQuantizer
@@ -361,6 +472,7 @@ def _make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneRepor
         texts=None,
         calibration=source if source in SOURCES else None,
         modules=modules,
+        biases=biases,
         provenance=provenance,
         allocation=report.settings["allocation"],
     )

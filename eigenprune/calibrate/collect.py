@@ -79,7 +79,7 @@ def collect_statistics(
     _check_arguments(model, windows, layers, kinds)
     name, wanted = objective_for(model) if objective is None else (objective, named_objective(objective))
     backward = any(kind != "input_gram" for kind in kinds)
-    with _calibration_mode(model, backward) as autocast_dtype:
+    with calibration_mode(model, backward) as autocast_dtype:
         groups = shared_inputs(model, windows[:1].to(_device(model)), layers)
         outputs = [layer for layer in groups if backward]
         facts = Facts(
@@ -212,14 +212,22 @@ def _check_arguments(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.
 
 
 @contextmanager
-def _calibration_mode(model: nn.Module, backward: bool) -> Iterator[torch.dtype | None]:
+def calibration_mode(
+    model: nn.Module, backward: bool, *, checkpointing: bool = True, autocast: bool = True
+) -> Iterator[torch.dtype | None]:
     """Evaluation mode, gradients to activations only, bfloat16 where the machine has it; all restored afterwards.
+
+    Args:
+        backward: whether gradients are wanted.
+        checkpointing: whether blocks are computed again in backward, to save memory.
+        autocast: whether bfloat16 may be used.
 
     Yields the dtype of autocast, or None where the model runs as it is.
     """
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     dtype = torch.bfloat16 if _dtype(model) == torch.float32 and has_fast_bfloat16(_device(model)) else None
+    dtype = dtype if autocast else None
     try:
         with ExitStack() as stack:
             model.eval()
@@ -229,7 +237,8 @@ def _calibration_mode(model: nn.Module, backward: bool) -> Iterator[torch.dtype 
                 for embeddings in _input_embeddings(model):
                     handle = embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
                     stack.callback(handle.remove)
-                stack.enter_context(checkpointed_blocks(model))
+                if checkpointing:
+                    stack.enter_context(checkpointed_blocks(model))
             if dtype is not None:
                 stack.enter_context(torch.autocast(_device(model).type, dtype))
             yield dtype

@@ -65,7 +65,7 @@ def calibration_windows(
         CalibrationError: no tokenizer, no or too little text, or a model that cannot write any.
     """
     if tokenizer is None:
-        tokenizer = _own_tokenizer(model)
+        tokenizer = own_tokenizer(model)
     window = min(window, getattr(getattr(model, "config", None), "max_position_embeddings", None) or window)
     if texts is not None:
         # Lists are read whole; a dataset may be streamed, without end, or longer than memory.
@@ -85,7 +85,12 @@ def calibration_windows(
     return Calibration(cut_windows(tokenizer, documents, count=count, window=window), name)
 
 
-def _own_tokenizer(model: nn.Module) -> Any:
+def own_tokenizer(model: nn.Module) -> Any:
+    """The tokenizer that belongs to `model.config.name_or_path`.
+
+    Raises:
+        CalibrationError: that is not known, or there is none.
+    """
     from transformers import AutoTokenizer
 
     name = getattr(getattr(model, "config", None), "name_or_path", "")

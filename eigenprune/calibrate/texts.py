@@ -34,11 +34,22 @@ def read_texts(paths: Iterable[str | Path], tokenizer: Any = None) -> list[str]:
 
 
 def _read_file(path: Path, tokenizer: Any) -> list[str]:
+    if ".jsonl" not in path.suffixes:
+        return [file_text(path)]
+    return [row_text(row, tokenizer, f"{path}, line {number}") for number, row in json_lines(path)]
+
+
+def file_text(path: Path) -> str:
+    """The UTF-8 text of a file, unpacked where it ends in `.gz`.
+
+    Raises:
+        CalibrationError: it is missing, a folder, unreadable, or not text.
+    """
     try:
         raw = path.read_bytes()
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except FileNotFoundError as error:
         raise CalibrationError(f"no text file at {path}") from error
     except IsADirectoryError as error:
@@ -47,20 +58,21 @@ def _read_file(path: Path, tokenizer: Any) -> list[str]:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); is it a text file?") from error
     except (OSError, EOFError, zlib.error) as error:
         raise CalibrationError(f"{path} cannot be read: {error}") from error
-    if ".jsonl" in path.suffixes:
-        return list(_jsonl_documents(path, text, tokenizer))
-    return [text]
 
 
-def _jsonl_documents(path: Path, text: str, tokenizer: Any) -> Iterator[str]:
-    for number, line in enumerate(io.StringIO(text), start=1):
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line of a file of JSON lines that is not blank; `.gz` is unpacked.
+
+    Raises:
+        CalibrationError: the file cannot be read, or a line, which is named, is not JSON.
+    """
+    for number, line in enumerate(io.StringIO(file_text(path)), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}, line {number}: not JSON ({error})") from error
-        yield row_text(row, tokenizer, f"{path}, line {number}")
 
 
 def row_texts(rows: Iterable[Any], tokenizer: Any = None, *, characters: int | None = None) -> list[str]:

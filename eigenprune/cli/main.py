@@ -16,6 +16,7 @@ import typer
 
 from eigenprune import __version__
 from eigenprune.cli import delta
+from eigenprune.cli.apply import apply
 from eigenprune.cli.card import card
 from eigenprune.cli.evaluate import evaluate
 from eigenprune.cli.extract_lora import extract_lora
@@ -23,6 +24,7 @@ from eigenprune.cli.inspect import inspect
 from eigenprune.cli.output import fail
 from eigenprune.cli.prune import prune
 from eigenprune.cli.push import push
+from eigenprune.cli.task import task
 from eigenprune.cli.view import view
 from eigenprune.errors import EigenpruneError
 
@@ -55,6 +57,8 @@ app.command("prune")(explained(prune))
 app.command("eval")(explained(evaluate))
 app.command("inspect")(explained(inspect))
 app.command("extract-lora")(explained(extract_lora))
+app.command("task")(explained(task))
+app.command("apply")(explained(apply))
 app.command("card")(explained(card))
 app.command("push")(explained(push))
 deltas = typer.Typer(

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints on disk and on the Hub: saving, the model card, pushing."""
+"""Checkpoints and adapters on disk and on the Hub: saving, the model card, pushing."""
 
+from eigenprune.hub.adapter import AppliedAdapter, apply_adapter_, save_adapter
+from eigenprune.hub.adapter_file import Adapter, read_adapter, write_adapter
+from eigenprune.hub.base_weights import BaseWeights, base_weights
 from eigenprune.hub.card import CARD_NAME, build_card, write_card
 from eigenprune.hub.delta_folder import apply_delta, save_delta
 from eigenprune.hub.delta_loading import load_delta
@@ -14,17 +17,25 @@ from eigenprune.hub.save import REPORT_NAME, save_model
 __all__ = [
     "CARD_NAME",
     "REPORT_NAME",
+    "Adapter",
+    "AppliedAdapter",
+    "BaseWeights",
     "LoraExtraction",
+    "apply_adapter_",
     "apply_delta",
+    "base_weights",
     "build_card",
     "delta_applied",
     "extract_lora",
     "hash_weights",
     "load_delta",
     "push_to_hub",
+    "read_adapter",
     "rebuild_command",
+    "save_adapter",
     "save_delta",
     "save_model",
     "switch_delta_",
+    "write_adapter",
     "write_card",
 ]

@@ -68,6 +68,24 @@ def check_factor_files(files: Sequence[str | Path], layers: Mapping[str, LowRank
     return {name for name in factored if f"{name}.left.weight" in found} - layers.keys()
 
 
+def check_bias_files(files: Sequence[str | Path], biases: Mapping[str, int]) -> None:
+    """Check that the safetensors `files` hold the bias of every layer that was given one when it was pruned.
+
+    Args:
+        biases: {layer name in the files: its outputs}.
+
+    Raises:
+        CheckpointError: a bias is missing, or its shape or type is wrong.
+    """
+    expected = {f"{name}.bias": [size] for name, size in biases.items()}
+    for file in map(Path, files) if expected else ():
+        with safe_open(file, framework="pt") as opened:
+            for key in expected.keys() & set(opened.keys()):
+                _check_tensor(key, opened, expected.pop(key), 0)
+    if expected:
+        raise CheckpointError(f"the checkpoint lacks {min(expected)}, which its config names under biases")
+
+
 def check_places(files: Sequence[str | Path], folder: str | Path) -> None:
     """Check that the weight `files` of a checkpoint in a local `folder` lie in it, by their names.
 

@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from eigenprune.config import QUANT_METHOD, EigenpruneConfig
 from eigenprune.errors import CheckpointError
-from eigenprune.hub.checkpoint import check_factor_files, check_places
+from eigenprune.hub.checkpoint import check_bias_files, check_factor_files, check_places
 from eigenprune.hub.delta_loading import MergedFile
 from eigenprune.layers import (
     LowRankLinear,
@@ -38,6 +38,11 @@ class EigenpruneHfQuantizer(HfQuantizer):
         if self.quantization_config.delta:
             self.merged = MergedFile(self.quantization_config.delta, checkpoint_files)
             return
+        biases = {}
+        for saved_name in self.quantization_config.biases:
+            name = _name_in(model, saved_name)
+            if name is not None:
+                biases[saved_name] = give_bias_(model.get_submodule(name), saved_name)
         layers = {}
         for saved_name, (layout, rank) in self.quantization_config.modules.items():
             name = _name_in(model, saved_name)
@@ -50,6 +55,7 @@ class EigenpruneHfQuantizer(HfQuantizer):
             check_places(checkpoint_files, config.name_or_path)
             unnamed = check_factor_files(checkpoint_files, layers) - self.quantization_config.modules.keys()
             _refuse_unnamed(model, unnamed)
+            check_bias_files(checkpoint_files, biases)
         if self.quantization_config.modules:
             _ignore_sentinel(model, self.quantization_config.modules)
 
@@ -72,6 +78,9 @@ class EigenpruneHfQuantizer(HfQuantizer):
         """The tensors to save. Layout and rank of every layer go into the config as they are now."""
         modules = {name: [module.layout, module.rank] for name, module in low_rank_layers(model).items()}
         self.quantization_config.modules = modules
+        self.quantization_config.biases = [
+            name for name in self.quantization_config.biases if _has(model, name) and _has_bias(model, name)
+        ]
         tensors = dict(model.state_dict())
         if modules:
             tensors[_sentinel(modules)] = torch.empty(0, dtype=next(model.parameters()).dtype)
@@ -99,6 +108,20 @@ class EigenpruneHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`generate` may compile the model."""
         return True
+
+
+def give_bias_(dense: nn.Module, name: str) -> int:
+    """Give a dense layer without a bias an empty one, on its device and in its dtype; returns its size.
+
+    Raises:
+        CheckpointError: the config lies about this layer.
+    """
+    if not is_dense(dense):
+        raise CheckpointError(f"the config gives {name} a bias, but in this model it is a {type(dense).__name__}")
+    weight = dense_weight(dense)
+    if dense.bias is None:
+        dense.bias = nn.Parameter(torch.empty(weight.shape[0], device=weight.device, dtype=weight.dtype))
+    return int(weight.shape[0])
 
 
 def empty_factored_layer(dense: nn.Module, name: str, layout: str, rank: int) -> LowRankLinear:
@@ -147,6 +170,10 @@ def _name_in(model: nn.Module, saved_name: str) -> str | None:
     raise CheckpointError(
         f"the config says that {saved_name} is factored, but {type(model).__name__} has no such layer"
     )
+
+
+def _has_bias(model: nn.Module, name: str) -> bool:
+    return getattr(model.get_submodule(name), "bias", None) is not None
 
 
 def _has(model: nn.Module, name: str) -> bool:

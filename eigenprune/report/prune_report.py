@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`PruneReport`: every layer's shape, rank, cost and loss, and where the time went."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -44,6 +44,7 @@ class PruneReport:
         model_parameters: of the whole model (before, after).
         model_bytes: of all parameters and saved buffers (before, after).
         seconds: {stage: seconds}.
+        removal: the `RemovalReport`, where components were first removed for a task.
     """
 
     layers: tuple[LayerReport, ...]
@@ -52,6 +53,7 @@ class PruneReport:
     model_parameters: tuple[int, int]
     model_bytes: tuple[int, int]
     seconds: dict[str, float] = field(default_factory=dict)
+    removal: Any = field(default=None, repr=False)
 
     @property
     def chosen(self) -> tuple[LayerReport, ...]:
@@ -71,4 +73,5 @@ class PruneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self) | {"keep": self.keep, "loss": self.loss}
+        values = asdict(replace(self, removal=None)) | {"keep": self.keep, "loss": self.loss}
+        return values | {"removal": None if self.removal is None else self.removal.to_dict()}

@@ -15,18 +15,30 @@ from eigenprune.spectral.decomposed import MOST_BYTES, Decomposed, component_byt
 from eigenprune.spectral.evidence import GRADIENTS, gather_evidence
 from eigenprune.spectral.factored import layer_of_factors
 from eigenprune.spectral.measure import method_statistics
-from eigenprune.spectral.methods import METHODS, Method, find_method
+from eigenprune.spectral.methods import METHODS, WORTHS, Method, find_method
 from eigenprune.spectral.metric import Metric, layer_metric
 from eigenprune.spectral.ordered import first_order_changes, ordered_components, ordered_spectrum
+from eigenprune.spectral.pieces import (
+    SlicePieces,
+    removed_output,
+    slice_parts,
+    slice_pieces,
+    stack_rows,
+    without_pieces,
+)
 from eigenprune.spectral.pivot import pivot_factors
+from eigenprune.spectral.slices import KINDS, VIEWS, LayerView, Slice, check_kinds, is_rotary, layer_view, layer_views
 from eigenprune.spectral.worth import BUDGETS, Cost, Options, layer_cost, parameter_cost, rank_options
 
 __all__ = [
     "ALLOCATIONS",
     "BUDGETS",
     "GRADIENTS",
+    "KINDS",
     "METHODS",
     "MOST_BYTES",
+    "VIEWS",
+    "WORTHS",
     "Allocation",
     "AllocationRow",
     "Choice",
@@ -34,25 +46,37 @@ __all__ = [
     "Cost",
     "Decomposed",
     "Evidence",
+    "LayerView",
     "Method",
     "Metric",
     "Options",
+    "Slice",
+    "SlicePieces",
     "Spectrum",
     "allocate",
+    "check_kinds",
     "component_bytes",
     "components",
     "find_method",
     "first_order_changes",
     "gather_evidence",
+    "is_rotary",
     "layer_cost",
     "layer_metric",
     "layer_of_factors",
+    "layer_view",
+    "layer_views",
     "method_statistics",
     "ordered_components",
     "ordered_spectrum",
     "parameter_cost",
     "pivot_factors",
     "rank_options",
+    "removed_output",
+    "slice_parts",
+    "slice_pieces",
     "solve_allocation",
     "spectrum",
+    "stack_rows",
+    "without_pieces",
 ]

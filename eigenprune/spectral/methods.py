@@ -20,6 +20,8 @@ class Method:
         worth: which components go first: `energy` the weakest, `importance` those of least importance in given
             statistics, `random` any.
         objective: what the gradients of the output Gram are of, see `collect_statistics`; None: the model's own loss.
+        removal: where components are first removed for a task, how those that stand in its way are told: a row of
+            `WORTHS`. None: nothing is removed.
     """
 
     input_metric: str
@@ -30,6 +32,7 @@ class Method:
     shrink_output: float | None = None
     worth: str = "energy"
     objective: str | None = None
+    removal: str | None = None
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -45,6 +48,9 @@ class Method:
             wanted.append("component_importance")
         return tuple(wanted)
 
+
+# How the components that stand in a task's way are told; see `eigenprune.removal`.
+WORTHS = ("exact", "paper", "compat", "random", "smallest-sigma", "laser")
 
 METHODS: dict[str, Method] = {
     "kfac": Method("gram", "gram", "global", "the metric of KFAC-SVD (LEMS, 2026), with one global choice of ranks"),
@@ -70,6 +76,13 @@ METHODS: dict[str, Method] = {
     "asvd": Method("abs-mean", "none", "uniform", "ASVD, arXiv 2312.05821, alpha 0.5, without its rank search"),
     "svd": Method("none", "none", "uniform", "plain truncated SVD; data-free, a baseline"),
     "random": Method("none", "none", "uniform", "singular components chosen at random; a baseline", worth="random"),
+    # For a task: these remove components first, and then compress what is left as `kfac` does, if keep is below 1.
+    "eigenprune": Method("gram", "gram", "global", "Eigenpruning, arXiv 2404.03147, signed worth", removal="exact"),
+    "eigenprune-paper": Method("gram", "gram", "global", "arXiv 2404.03147, its formula on pairs", removal="paper"),
+    "eigenprune-compat": Method("gram", "gram", "global", "arXiv 2404.03147, its released code", removal="compat"),
+    "task-random": Method("gram", "gram", "global", "removes at random: a baseline", removal="random"),
+    "task-smallest": Method("gram", "gram", "global", "removes the smallest: a baseline", removal="smallest-sigma"),
+    "laser": Method("gram", "gram", "global", "LASER, arXiv 2312.13558: cuts one matrix", removal="laser"),
 }
 
 

@@ -22,6 +22,7 @@ ROWS = (
     ("spectral",),
     ("recover", "entries", "evaluate", "report"),
     ("config",),
+    ("removal",),
     ("prune", "hub"),
     ("integrations", "cli", "__main__"),
 )
