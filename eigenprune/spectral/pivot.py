@@ -23,15 +23,19 @@ def pivot_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     m, rank = left.shape
     basis, _ = torch.linalg.qr(left)  # the choice and the mix depend on the column space only
-    _, swaps = torch.linalg.lu_factor(basis)
+    factors, swaps = torch.linalg.lu_factor(basis)
     order = _swapped_order(swaps, m)
     others, pivots = order[rank:], order[:rank]
-    mix = torch.linalg.solve(basis[pivots].t(), basis[others].t()).t()
-    pivots, others = _swap_large_entries(mix, pivots, others)
-    pivots, others = pivots.sort().values, others.sort().values
-    # Once more from the clean basis: the updates of the swaps have added rounding.
-    mix = torch.linalg.solve(basis[pivots].t(), basis[others].t()).t()
-    return mix, left[pivots] @ right, pivots.int()
+    # basis[order] = L U: the mix is the lower part of L by its upper part, U drops out.
+    lower = torch.linalg.solve_triangular(factors[:rank].t(), factors[rank:].t(), upper=True, unitriangular=True)
+    mix = lower.t()
+    if mix.numel() and float(mix.abs().max()) > LARGEST_MIX:
+        pivots, others = _swap_large_entries(mix, pivots, others)
+        # Once more from the clean basis: the updates of the swaps have added rounding.
+        mix = torch.linalg.solve(basis[pivots].t(), basis[others].t()).t()
+    pivots, columns = pivots.sort()
+    rows = others.argsort()
+    return mix[rows][:, columns], left[pivots] @ right, pivots.int()
 
 
 def _swapped_order(swaps: Tensor, m: int) -> Tensor:
