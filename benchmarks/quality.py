@@ -136,7 +136,7 @@ class Bench:
             options,
             decomposed,
             layout=row.layout,
-            gradients=self._collected(row.calibration, (GRADIENTS[need],), None) if need in GRADIENTS else None,
+            gradients=self.collected(row.calibration, (GRADIENTS[need],), None) if need in GRADIENTS else None,
             windows=self.calibration_windows(row.calibration) if need else None,
             cache_dir=default_cache_dir(),
         )
@@ -163,12 +163,13 @@ class Bench:
             if self._decomposed is not None:
                 self._decomposed[2].cleanup()
             row = METHODS[method]
-            statistics = self._collected(calibration, row.statistics, row.objective) if row.statistics else None
+            statistics = self.collected(calibration, row.statistics, row.objective) if row.statistics else None
             folder = tempfile.TemporaryDirectory()
             self._decomposed = (calibration, method), Decomposed(row, statistics, 0, Path(folder.name)), folder
         return self._decomposed[1]
 
-    def _collected(self, calibration: str, kinds: tuple[str, ...], objective: str | None) -> Statistics:
+    def collected(self, calibration: str, kinds: tuple[str, ...], objective: str | None) -> Statistics:
+        """The statistics of the text of that name."""
         if set(kinds) <= {"input_gram", "output_gram"}:
             kinds = ("input_gram", "output_gram")  # one measurement for most methods
         return collect_statistics(

@@ -6,8 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from eigenprune.calibrate import Statistics
@@ -46,7 +45,7 @@ class Decomposed:
         weight = dense_weight(module).detach()
         if self._folder is None:
             return ordered_spectrum(self.method, weight, self._metric(name, weight), name, self.seed, self.statistics)
-        kept = self._read(name, weight) or self._make(name, weight)
+        kept = self._read(name, weight, ("energies",)) or self._make(name, weight)
         return Spectrum(kept["energies"].double())
 
     def components(self, name: str, module: nn.Module, rank: int) -> Components:
@@ -56,7 +55,7 @@ class Decomposed:
             return ordered_components(
                 self.method, weight, self._metric(name, weight), rank, name, self.seed, self.statistics
             )
-        kept = self._read(name, weight) or self._make(name, weight)
+        kept = self._read(name, weight, ("left", "right")) or self._make(name, weight)
         left, right = kept["left"][:, :rank], kept["right"][:rank]
         return Components(left.to(weight.device).double(), right.to(weight.device).double())
 
@@ -82,22 +81,22 @@ class Decomposed:
         save_tensors(made, file)
         return made
 
-    def _read(self, name: str, weight: Tensor) -> dict[str, Tensor] | None:
-        """What is on disk; a file that is damaged or of another shape is dropped."""
+    def _read(self, name: str, weight: Tensor, wanted: tuple[str, ...]) -> dict[str, Tensor] | None:
+        """The tensors `wanted` that are on disk; a file that is damaged or of another shape is dropped."""
         file = self._file(name)
+        (m, n), k = weight.shape, min(weight.shape)
+        shapes = {"energies": [k], "left": [m, k], "right": [k, n]}
         try:
-            kept = load_file(file)
+            with safe_open(file, framework="pt") as opened:
+                found = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118 - no mapping
+                if found == shapes:
+                    return {key: opened.get_tensor(key) for key in wanted}
         except FileNotFoundError:
             return None
         except SafetensorError:
-            file.unlink()
-            return None
-        (m, n), k = weight.shape, min(weight.shape)
-        wanted = {"energies": (k,), "left": (m, k), "right": (k, n)}
-        if {key: tuple(tensor.shape) for key, tensor in kept.items()} != wanted:
-            file.unlink()
-            return None
-        return kept
+            pass
+        file.unlink()
+        return None
 
     def _file(self, name: str) -> Path:
         if self._folder is None:

@@ -87,5 +87,5 @@ def _warn_of_few_tokens(layers: Mapping[str, nn.Module], calibration: Calibratio
         warnings.warn(
             f"the calibration text has {tokens} tokens, and {widest} has {width} inputs: about most of them it says "
             "nothing. Give more text, or prior=0.5 to mix in random tokens",
-            stacklevel=3,
+            stacklevel=5,  # whoever called prune_
         )
