@@ -8,6 +8,8 @@ one price for a byte, least summed squared error. Values are float32; places of 
 stores them. Accuracy: superclass of the first reactions of the USPTO-50k test file ($EIGENPRUNE_SHARED); agreement:
 with the fine-tuned model's own answers on them.
 
+With --grid FILE the options, most of the work, are kept there for the next call.
+
     python benchmarks/delta_split.py --out benchmarks/results/delta_split.jsonl
 """
 
@@ -17,7 +19,6 @@ import argparse
 import gzip
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def options_of(change: Tensor) -> list[Option]:
         if split_bytes(shape, rank, stored, ITEM) <= 0.75 * ITEM * entries:
             split = split_low_rank_sparse(change, rank, stored, rounds=3)
             found.append((split_bytes(shape, rank, stored, ITEM), split.error**2, rank, stored))
+    return found
+
+
+def kept_options(changes: dict[str, Tensor], path: Path | None) -> dict[str, list[Option]]:
+    """`options_of` all changes, read from `path` where that is there, and else written to it."""
+    if path is not None and path.exists():
+        return {name: [tuple(o) for o in found] for name, found in json.loads(path.read_text()).items()}  # type: ignore[misc]
+    found = {name: options_of(change) for name, change in tqdm(changes.items(), desc="options", disable=None)}
+    if path is not None:
+        path.write_text(json.dumps(found))
     return found
 
 
@@ -119,7 +130,9 @@ def main() -> None:
     """One row for each kind and share of bytes, and one for the fine-tuned model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path(os.environ.get("EIGENPRUNE_MODELS", ".models")))
-    parser.add_argument("--reactions", type=int, default=400)
+    parser.add_argument("--reactions", type=int, default=250)
+    parser.add_argument("--shares", type=float, nargs="*", default=SHARES)
+    parser.add_argument("--grid", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     folder = options.models / "rxnfp-bert-cls50"
@@ -143,12 +156,10 @@ def main() -> None:
     names = [n for n, p in parameters.items() if n in base and p.ndim == 2 and "pooler" not in n]
     changes = {name: parameters[name].detach() - base[name] for name in names}
     shapes = {name: (change.shape[0], change.shape[1]) for name, change in changes.items()}
-    began = time.perf_counter()
-    grid = {name: options_of(change) for name, change in tqdm(changes.items(), desc="options", disable=None)}
-    grid_seconds = time.perf_counter() - began
+    grid = kept_options(changes, options.grid)
     total = sum(float(change.double().square().sum()) for change in changes.values())
     dense = ITEM * sum(change.numel() for change in changes.values())
-    for share in SHARES:
+    for share in options.shares:
         for kind in KINDS:
             plan = spend_rest(choose(grid, int(share * dense), kind), shapes, int(share * dense), kind)
             error = 0.0
@@ -167,7 +178,6 @@ def main() -> None:
                     "accuracy": float((superclass[found] == wanted).double().mean()),
                     "agreement": float((found == own).double().mean()),
                     "low_rank_bytes": sum(split_bytes(shapes[name], plan[name][0], 0, ITEM) for name in names),
-                    "grid_seconds": round(grid_seconds, 1),
                 }
             )
 
