@@ -4,7 +4,8 @@
 Entries that are not kept go back to the base model's value (`base`), or to zero (`zero`). The classifier and the pooler
 are kept whole, and so is what the base model does not have; `keep` is of all other entries, `kept` of all. Bytes are
 those of the values that differ from where they would go back to, in float32, and of their places
-(`eigenprune.entries.packing`); for `zero`, of the whole pruned model. A run is one row; rows that are there already are not run again, so a stopped run goes on.
+(`eigenprune.entries.packing`); for `zero`, of the whole pruned model. A run is one row; rows that are there already are
+not run again, so a stopped run goes on.
 
     python benchmarks/entries.py questions --out benchmarks/results/entries.jsonl             # some minutes
     python benchmarks/entries.py reactions --items 400 --out benchmarks/results/entries.jsonl  # 10 s a row
