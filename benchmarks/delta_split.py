@@ -150,7 +150,8 @@ def main() -> None:
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    say({"kind": "fine-tuned", "share": 1.0, "accuracy": float((superclass[own] == wanted).double().mean())})
+    if options.out is None or not options.out.exists():
+        say({"kind": "fine-tuned", "share": 1.0, "accuracy": float((superclass[own] == wanted).double().mean())})
     base = WeightSource(options.models / "rxnfp-bert-mlm")
     parameters = dict(model.named_parameters())
     names = [n for n, p in parameters.items() if n in base and p.ndim == 2 and "pooler" not in n]
