@@ -64,6 +64,10 @@ class EigenpruneHfQuantizer(HfQuantizer):
             self.merged.finish(model)
             self.merged = None
             self.remove_quantization_config(model)  # what came out is an ordinary model, and is saved as one
+            for module in model.modules():
+                config = getattr(module, "config", None)
+                if hasattr(config, "_is_quantized"):
+                    del config._is_quantized
         # The weights are plain floating-point numbers: .half(), .float() and full fine-tuning may go ahead.
         model.is_quantized = False  # type: ignore[assignment]
         return model
