@@ -33,8 +33,8 @@ from eigenprune.hub.weight_source import WeightSource
 
 ITEM = 4
 SHARES = (0.02, 0.05, 0.1, 0.2)
-RANKS = (0, 4, 8, 16, 32, 64)
-STORED = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+RANKS = (4, 8, 16, 32)
+STORED = (0.01, 0.03, 0.08, 0.2)
 KINDS = {
     "sparse": lambda rank, _stored: rank == 0,
     "low rank": lambda _rank, stored: stored == 0,
@@ -44,18 +44,22 @@ Option = tuple[int, float, int, int]  # bytes, squared error, rank, stored
 
 
 def options_of(change: Tensor) -> list[Option]:
-    """All (rank, stored) of the grid, with bytes and squared error; also finer ones of each part alone."""
+    """(rank, stored) with bytes and squared error: each part alone finely, by its spectrum, and both on a grid."""
     shape = (change.shape[0], change.shape[1])
     entries = change.numel()
-    grid = {(rank, round(stored * entries)) for rank in RANKS for stored in STORED}
-    grid |= {(rank, 0) for rank in range(0, min(shape) // 2, 4)}
-    grid |= {(0, round(stored / 40 * entries)) for stored in range(40)}
-    found = []
-    for rank, stored in sorted(grid):
-        if split_bytes(shape, rank, stored, ITEM) <= 0.75 * ITEM * entries:
-            split = split_low_rank_sparse(change, rank, stored, rounds=3)
-            found.append((split_bytes(shape, rank, stored, ITEM), split.error**2, rank, stored))
-    return found
+    errors: dict[tuple[int, int], float] = {}
+    squares = change.double().square().flatten().sort(descending=True).values
+    left = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    errors |= {(0, stored): float(left[stored]) for stored in range(0, entries, max(1, entries // 200))}
+    energies = torch.linalg.svdvals(change.double()).square()
+    left = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+    errors |= {(rank, 0): float(left[rank]) for rank in range(min(shape) + 1)}
+    for rank in RANKS:
+        for share in STORED:
+            stored = round(share * entries)
+            errors[rank, stored] = split_low_rank_sparse(change, rank, stored, rounds=3).error ** 2
+    sizes = {(rank, stored): split_bytes(shape, rank, stored, ITEM) for rank, stored in errors}
+    return [(sizes[plan], errors[plan], *plan) for plan in sorted(errors) if sizes[plan] <= ITEM * entries]
 
 
 def kept_options(changes: dict[str, Tensor], path: Path | None) -> dict[str, list[Option]]:
