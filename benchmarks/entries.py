@@ -18,7 +18,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,9 @@ SHARES = (0.75, 0.5, 0.25, 0.1, 0.9, 0.6, 0.05)
 COLORS = ("#c0392b", "#888888", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22")
 
 
+Collected = Callable[[], tuple[EntryStatistics, EntryStatistics]]
+
+
 class Run(NamedTuple):
     """What one row measures."""
 
@@ -47,14 +51,15 @@ class Run(NamedTuple):
 
 def runs() -> list[Run]:
     """All, the most wanted first."""
-    plain = [(rule.name, rule.scope, "base") for rule in RULES.values() if rule.name != "ken"]
+    plain = [(rule.name, rule.scope, "base") for rule in RULES.values() if rule.name != "ken" and not rule.needs]
+    measured = [(rule.name, rule.scope, "base") for rule in RULES.values() if rule.needs]
     scopes = [("delta", "row", "base"), ("delta", "layer", "base"), ("delta-fisher", "row", "base")]
     scopes += [("magnitude", "global", "base"), ("delta-fisher", "layer", "base"), ("random", "global", "base")]
     zero = [(name, RULES[name].scope, "zero") for name in ("magnitude", "wanda", "sap", "d-pruner", "icbs")]
     zero += [("magnitude", "global", "zero"), ("delta-fisher", "global", "zero")]
     literal = [("ken", "row", "base")]
     ordered = [Run("random", "row", "base", 1.0)]
-    for group in (plain, scopes, zero, literal):
+    for group in (plain, measured, scopes, zero, literal):
         ordered += [Run(*kind, keep) for keep in SHARES for kind in group]
     return ordered
 
@@ -73,9 +78,9 @@ def delta_bytes(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], masks: 
     return total
 
 
-def measure(pair: Pair, tuned: dict[str, Tensor], run: Run, statistics: Any, reference: list[int] | None) -> Any:
+def measure(pair: Pair, tuned: dict[str, Tensor], run: Run, statistics: Collected, reference: list[int] | None) -> Any:
     """(row, predictions); the model holds the fine-tuned weights again afterwards."""
-    first, second = statistics
+    first, second = statistics() if RULES[run.rule].needs else (None, None)
     start = time.perf_counter()
     masks = select_entries(pair.base, tuned, run.rule, run.keep, scope=run.scope, reset=run.reset, statistics=first,
                            general=second)  # fmt: skip
@@ -98,7 +103,7 @@ def measure(pair: Pair, tuned: dict[str, Tensor], run: Run, statistics: Any, ref
     return row | environment()
 
 
-def collect(pair: Pair, base: dict[str, Tensor]) -> tuple[EntryStatistics, EntryStatistics]:
+def collect(pair: Pair) -> tuple[EntryStatistics, EntryStatistics]:
     """Of the domain's texts, with input Grams, and of the general ones; labels are drawn."""
     domain = collect_entry_statistics(pair.model, pair.examples(pair.calibration), input_grams=True)
     return domain, collect_entry_statistics(pair.model, pair.examples(pair.general))
@@ -171,7 +176,7 @@ def main() -> None:
     begun = time.monotonic()
     pair = PAIRS[options.pair](options.models, shared / "data", options.items)
     tuned = {name: tensor.clone() for name, tensor in pair.model.state_dict().items()}
-    statistics = collect(pair, pair.base)
+    statistics = cache(lambda: collect(pair))  # only if a rule asks for them
     done = {Run(*(row[field] for field in Run._fields)): row for row in rows}
     whole = next((row for run, row in done.items() if run.keep == 1.0), None)
     reference = [ord(letter) - 48 for letter in whole["predictions"]] if whole else None
