@@ -10,7 +10,8 @@ from torch import Tensor
 
 from eigenprune.entries.packing import unpack_mask, unpack_positions
 from eigenprune.errors import CheckpointError
-from eigenprune.hub.delta_manifest import LARGEST, MANIFEST, MIB, DeltaManifest
+from eigenprune.hub.delta_manifest import LARGEST, MANIFEST, DeltaManifest
+from eigenprune.hub.limits import MIB
 from eigenprune.hub.weight_source import DTYPES, WeightSource, joint_digest, tensor_digests
 from eigenprune.hub.write_tensors import file_order, write_tensors
 from eigenprune.memory import release_unused

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eigenprune.entries.delta_header import PRECISIONS
 from eigenprune.entries.packing import pack_mask, pack_positions, smaller_form, unpack_mask
 from eigenprune.errors import CheckpointError, ConfigError, WeightError
 from eigenprune.hub.delta_manifest import (
     FLOATING,
     MANIFEST,
     NAME,
-    PRECISIONS,
     SUFFIXES,
     DeltaManifest,
     StoredTensor,
