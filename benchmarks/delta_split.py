@@ -54,7 +54,7 @@ def options_of(change: Tensor) -> list[Option]:
     energies = torch.linalg.svdvals(change.double()).square()
     left = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
     errors |= {(rank, 0): float(left[rank]) for rank in range(min(shape) + 1)}
-    for rank in RANKS:
+    for rank in (rank for rank in RANKS if rank < min(shape)):
         for share in STORED:
             stored = round(share * entries)
             errors[rank, stored] = split_low_rank_sparse(change, rank, stored, rounds=3).error ** 2
