@@ -194,7 +194,7 @@ def test_streamed_threshold_equals_a_sort_of_all_scores() -> None:
     order = flat.sort(descending=True, stable=True).indices
     for count in (0, 1, 5, 200, 340, 500, len(flat) - 3, len(flat)):
         threshold = Threshold(scores, lambda name: scores[name].reshape(-1, 1).split(17), count)
-        found = torch.cat([threshold.mask(name) for name in scores])
+        found = torch.cat([threshold.mask(name, scores[name].numel()) for name in scores])
         expected = torch.zeros(len(flat), dtype=torch.bool)
         expected[order[:count]] = True
         assert torch.equal(found, expected), count
