@@ -8,6 +8,8 @@ one price for a byte, least summed squared error. Values are float32; places of 
 stores them. Accuracy: superclass of the first reactions of the USPTO-50k test file ($EIGENPRUNE_SHARED); agreement:
 with the fine-tuned model's own answers on them.
 
+With --grid FILE the options, most of the work, are kept there for the next call.
+
     python benchmarks/delta_split.py --out benchmarks/results/delta_split.jsonl
 """
 
@@ -17,7 +19,6 @@ import argparse
 import gzip
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from eigenprune.hub.weight_source import WeightSource
 
 ITEM = 4
 SHARES = (0.02, 0.05, 0.1, 0.2)
-RANKS = (0, 4, 8, 16, 32, 64)
-STORED = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+RANKS = (4, 8, 16, 32)
+STORED = (0.01, 0.03, 0.08, 0.2)
 KINDS = {
     "sparse": lambda rank, _stored: rank == 0,
     "low rank": lambda _rank, stored: stored == 0,
@@ -43,17 +44,31 @@ Option = tuple[int, float, int, int]  # bytes, squared error, rank, stored
 
 
 def options_of(change: Tensor) -> list[Option]:
-    """All (rank, stored) of the grid, with bytes and squared error; also finer ones of each part alone."""
+    """(rank, stored) with bytes and squared error: each part alone finely, by its spectrum, and both on a grid."""
     shape = (change.shape[0], change.shape[1])
     entries = change.numel()
-    grid = {(rank, round(stored * entries)) for rank in RANKS for stored in STORED}
-    grid |= {(rank, 0) for rank in range(0, min(shape) // 2, 4)}
-    grid |= {(0, round(stored / 40 * entries)) for stored in range(40)}
-    found = []
-    for rank, stored in sorted(grid):
-        if split_bytes(shape, rank, stored, ITEM) <= 0.75 * ITEM * entries:
-            split = split_low_rank_sparse(change, rank, stored, rounds=3)
-            found.append((split_bytes(shape, rank, stored, ITEM), split.error**2, rank, stored))
+    errors: dict[tuple[int, int], float] = {}
+    squares = change.double().square().flatten().sort(descending=True).values
+    left = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    errors |= {(0, stored): float(left[stored]) for stored in range(0, entries, max(1, entries // 200))}
+    energies = torch.linalg.svdvals(change.double()).square()
+    left = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+    errors |= {(rank, 0): float(left[rank]) for rank in range(min(shape) + 1)}
+    for rank in (rank for rank in RANKS if rank < min(shape)):
+        for share in STORED:
+            stored = round(share * entries)
+            errors[rank, stored] = split_low_rank_sparse(change, rank, stored, rounds=3).error ** 2
+    sizes = {(rank, stored): split_bytes(shape, rank, stored, ITEM) for rank, stored in errors}
+    return [(sizes[plan], errors[plan], *plan) for plan in sorted(errors) if sizes[plan] <= ITEM * entries]
+
+
+def kept_options(changes: dict[str, Tensor], path: Path | None) -> dict[str, list[Option]]:
+    """`options_of` all changes, read from `path` where that is there, and else written to it."""
+    if path is not None and path.exists():
+        return {name: [tuple(o) for o in found] for name, found in json.loads(path.read_text()).items()}  # type: ignore[misc]
+    found = {name: options_of(change) for name, change in tqdm(changes.items(), desc="options", disable=None)}
+    if path is not None:
+        path.write_text(json.dumps(found))
     return found
 
 
@@ -119,7 +134,9 @@ def main() -> None:
     """One row for each kind and share of bytes, and one for the fine-tuned model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path(os.environ.get("EIGENPRUNE_MODELS", ".models")))
-    parser.add_argument("--reactions", type=int, default=400)
+    parser.add_argument("--reactions", type=int, default=250)
+    parser.add_argument("--shares", type=float, nargs="*", default=SHARES)
+    parser.add_argument("--grid", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     folder = options.models / "rxnfp-bert-cls50"
@@ -137,18 +154,17 @@ def main() -> None:
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    say({"kind": "fine-tuned", "share": 1.0, "accuracy": float((superclass[own] == wanted).double().mean())})
+    if options.out is None or not options.out.exists():
+        say({"kind": "fine-tuned", "share": 1.0, "accuracy": float((superclass[own] == wanted).double().mean())})
     base = WeightSource(options.models / "rxnfp-bert-mlm")
     parameters = dict(model.named_parameters())
     names = [n for n, p in parameters.items() if n in base and p.ndim == 2 and "pooler" not in n]
     changes = {name: parameters[name].detach() - base[name] for name in names}
     shapes = {name: (change.shape[0], change.shape[1]) for name, change in changes.items()}
-    began = time.perf_counter()
-    grid = {name: options_of(change) for name, change in tqdm(changes.items(), desc="options", disable=None)}
-    grid_seconds = time.perf_counter() - began
+    grid = kept_options(changes, options.grid)
     total = sum(float(change.double().square().sum()) for change in changes.values())
     dense = ITEM * sum(change.numel() for change in changes.values())
-    for share in SHARES:
+    for share in options.shares:
         for kind in KINDS:
             plan = spend_rest(choose(grid, int(share * dense), kind), shapes, int(share * dense), kind)
             error = 0.0
@@ -167,7 +183,6 @@ def main() -> None:
                     "accuracy": float((superclass[found] == wanted).double().mean()),
                     "agreement": float((found == own).double().mean()),
                     "low_rank_bytes": sum(split_bytes(shapes[name], plan[name][0], 0, ITEM) for name in names),
-                    "grid_seconds": round(grid_seconds, 1),
                 }
             )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eigenprune.errors import WeightError
 
-ENTRIES = 1 << 20  # of a block: 4 MB in float32, so that the temporary copies of a rule stay small beside any model
+ENTRIES = 1 << 18  # of a block: 1 MB in float32, so that the temporary copies of a rule stay small beside any model
 
 
 @dataclass(frozen=True)

@@ -61,17 +61,18 @@ class Threshold:
                 total += np.bincount(part(_keys(scores)), minlength=HALF)
         return torch.from_numpy(total)
 
-    def mask(self, name: str) -> Tensor:
-        """The flat mask of a tensor, bool; each call uses up places for equal scores."""
-        parts = []
+    def mask(self, name: str, size: int) -> Tensor:
+        """The flat mask of a tensor of `size` entries, bool; each call uses up places for equal scores."""
+        mask, start = np.zeros(size, np.bool_), 0
         for scores in self._scores(name):
             keys = _keys(scores)
-            mask = keys > self._key
+            part = mask[start : start + len(keys)]
+            np.greater(keys, self._key, out=part)
             equal = np.flatnonzero(keys == self._key)[: self._ties]
-            mask[equal] = True
+            part[equal] = True
             self._ties -= len(equal)
-            parts.append(torch.from_numpy(mask))
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+            start += len(keys)
+        return torch.from_numpy(mask)
 
 
 def highest_of_all(
@@ -100,18 +101,20 @@ def highest_of_all(
     while free:
         rest = budget - sum(floor for name, floor in floors.items() if name not in free)
         threshold = Threshold(free, scores, rest)
-        poor = [] if least == 0 else [name for name in free if int(threshold.mask(name).sum()) < floors[name]]
+        poor = (
+            [] if least == 0 else [name for name in free if int(threshold.mask(name, free[name]).sum()) < floors[name]]
+        )
         if not poor:
             break
         for name in poor:
             del free[name]
     for name in sizes:
         if name not in free:
-            put(name, Threshold([name], scores, floors[name]).mask(name))
+            put(name, Threshold([name], scores, floors[name]).mask(name, sizes[name]))
     if free:
         threshold = Threshold(free, scores, rest)  # its places for equal scores are not used up yet
         for name in free:
-            put(name, threshold.mask(name))
+            put(name, threshold.mask(name, free[name]))
 
 
 def _keys(scores: Tensor) -> npt.NDArray[np.int32]:

@@ -25,6 +25,7 @@ Match = Callable[[npt.NDArray[np.floating], Floats], Bools]
 KERNEL_VALUES = 1 << 21  # kernel values in memory at once: 16 MB
 SHORT = 256
 SEARCHED = 1 << 16  # values searched by one vector operation: 512 kB, which stay in a second-level cache
+FEW = 4  # rows that are searched faster than sorted: a vector operation on so few costs its call
 SORTED = 1 << 18  # values matched at a time: fewer waste time on calls, more on cache misses
 
 
@@ -86,12 +87,16 @@ def rounded_density(values: npt.NDArray[np.floating], points: Floats) -> Floats:
 
 def _match_by_density(values: npt.NDArray[np.floating], points: Floats) -> Bools:
     order = np.argsort(-rounded_density(values, points), axis=1, kind="stable")
-    columns = np.ascontiguousarray(np.take_along_axis(points, order, 1).T)
+    return _take_nearest(values, np.take_along_axis(points, order, 1))
+
+
+def _take_nearest(values: npt.NDArray[np.floating], points: Floats) -> Bools:
+    """Each point, in the order given, takes the nearest of the values that are left."""
     free = values.astype(np.float64)
     height = np.arange(len(free))
     distance = np.empty_like(free)
     mask = np.zeros(free.shape, np.bool_)
-    for point in columns:
+    for point in np.ascontiguousarray(points.T):
         np.subtract(free, point[:, None], out=distance)
         np.abs(distance, out=distance)
         nearest = distance.argmin(1)  # the first one
@@ -101,6 +106,12 @@ def _match_by_density(values: npt.NDArray[np.floating], points: Floats) -> Bools
 
 
 def _match_in_order(values: npt.NDArray[np.floating], points: Floats) -> Bools:
+    if len(values) <= FEW:
+        return _take_nearest(values, points)
+    return _match_sorted(values, points)
+
+
+def _match_sorted(values: npt.NDArray[np.floating], points: Floats) -> Bools:
     """Sort each row; each point takes the nearer of the free value below it and the free value from it on.
 
     With `position` the first sorted place that no point has reached, the free places are all from `position` on and
@@ -109,41 +120,43 @@ def _match_in_order(values: npt.NDArray[np.floating], points: Floats) -> Bools:
     before, so `below` has to be written only where the run before the place is broken.
     """
     height, width = values.shape
-    order = _sorting(values)
+    order, tied = _sorting(values)
     ascending = np.take_along_axis(values, order, 1).astype(np.float64)
-    passed = np.ascontiguousarray(_values_below(ascending, points).T)
     # A place of sentinels on either side: infinitely far, so never the nearer one. All indices are flat.
     padded = np.full((height, width + 2), np.inf)
     padded[:, 1:-1] = ascending
     padded[:, 0] = -np.inf
     flat = padded.reshape(-1)
     first = np.arange(height) * (width + 2) + 1
+    upto = np.ascontiguousarray((_values_below(ascending, points) + first[:, None]).T)
     below = np.arange(-1, flat.size - 1)
     below[first - 1] = first - 1  # the sentinel's own: there is nothing lower
-    taken = np.zeros(flat.size, np.bool_)
-    position, last = first.copy(), first - 1
-    for point, count in zip(np.ascontiguousarray(points.T), passed, strict=True):
-        reached = np.maximum(position, first + count)
+    chosen = np.empty_like(upto)
+    position, last = first, first - 1
+    for i, point in enumerate(np.ascontiguousarray(points.T)):
+        reached = np.maximum(position, upto[i])
         left = np.where(reached > position, reached - 1, last)
-        take_left = point - flat[left] <= flat[reached] - point
-        nearest = np.where(take_left, left, reached)
-        taken[nearest] = True
-        position = reached + ~take_left
-        last = np.where(take_left, below[left], left)
+        take_right = point - flat.take(left) > flat.take(reached) - point
+        chosen[i] = np.where(take_right, reached, left)
+        position = reached + take_right
+        last = np.where(take_right, left, below.take(left))
         below[position] = last
+    taken = np.zeros(flat.size, np.bool_)
+    taken[chosen] = True
     in_order = taken.reshape(height, width + 2)[:, 1:-1]
+    in_order[tied] = _first_among_equals(ascending[tied], in_order[tied])
     mask = np.zeros((height, width), np.bool_)
-    np.put_along_axis(mask, order, _first_among_equals(ascending, in_order), 1)
+    np.put_along_axis(mask, order, in_order, 1)
     return mask
 
 
-def _sorting(values: npt.NDArray[np.floating]) -> Ints:
-    """Indices that sort each row, the lower index first among equal values."""
+def _sorting(values: npt.NDArray[np.floating]) -> tuple[Ints, Bools]:
+    """Indices that sort each row, the lower index first among equal values, and which rows have equal ones."""
     order = np.argsort(values, axis=1)  # several times faster than a stable one
     ascending = np.take_along_axis(values, order, 1)
     tied = (ascending[:, 1:] == ascending[:, :-1]).any(1)
     order[tied] = np.argsort(values[tied], axis=1, kind="stable")
-    return order
+    return order, tied
 
 
 def _values_below(ascending: Floats, points: Floats) -> Ints:
@@ -158,8 +171,6 @@ def _first_among_equals(ascending: Floats, taken: Bools) -> Bools:
     height, width = ascending.shape
     starts = np.ones((height, width), np.bool_)
     np.not_equal(ascending[:, 1:], ascending[:, :-1], out=starts[:, 1:])
-    if starts.all():
-        return taken
     group = starts.reshape(-1).cumsum() - 1
     first = np.flatnonzero(starts)
     count = np.bincount(group, weights=taken.reshape(-1), minlength=len(first))

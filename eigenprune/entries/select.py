@@ -134,13 +134,13 @@ def _check_statistics(rule: Rule, context: Context) -> None:
 
 def _select_rows(tensor: Entries, rule: Rule, context: Context, keep: float, row_entries: int | None) -> Tensor:
     count = share_of(keep, tensor.shape[1]) if row_entries is None else row_entries
-    parts = []
+    mask = torch.zeros(tensor.shape, dtype=torch.bool)
     for block in tensor.blocks():
         if rule.match is not None:
-            parts.append(rule.match(block, count, context))
+            mask[block.rows] = rule.match(block, count, context)
         elif rule.score is not None:
-            parts.append(highest_of_rows(rule.score(block, context), count))
-    return torch.cat(parts) if parts else torch.zeros(tensor.shape, dtype=torch.bool)
+            mask[block.rows] = highest_of_rows(rule.score(block, context), count)
+    return mask
 
 
 def _select_of_tensor(tensor: Entries, rule: Rule, context: Context, keep: float) -> Tensor:
@@ -168,7 +168,7 @@ def _select_by_index(
     index = {name: pq_index(block.tuned for block in entries(name).blocks()) for name in plan.chosen}
     for name, count in shares_by_index(sizes, index, keep).items():
         tensor = entries(name)
-        mask = Threshold([name], lambda _, tensor=tensor: _scores(tensor, rule, context), count).mask(name)
+        mask = Threshold([name], lambda _, tensor=tensor: _scores(tensor, rule, context), count).mask(name, sizes[name])
         masks.put(name, tensor.shaped(mask))
 
 

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from eigenprune.entries.packing import unpack_mask, unpack_positions
 from eigenprune.errors import CheckpointError
-from eigenprune.hub.delta_manifest import LARGEST, MANIFEST, MIB, DeltaManifest
+from eigenprune.hub.delta_manifest import LARGEST, MANIFEST, DeltaManifest
+from eigenprune.hub.limits import MIB
 from eigenprune.hub.weight_source import DTYPES, WeightSource, joint_digest, tensor_digests
 from eigenprune.hub.write_tensors import file_order, write_tensors
+from eigenprune.memory import release_unused
 
 SHOWN = 3
+LARGE = 1 << 18  # entries
 
 
 class DeltaFile:
@@ -61,14 +64,17 @@ class DeltaFile:
             return torch.empty(0, dtype=torch.int64)
         if tensor.form == "whole":
             return torch.arange(tensor.entries)
-        if tensor.form == "positions":
-            counts, positions = self._tensors[f"{name}.delta_counts"], self._tensors[f"{name}.delta_positions"]
-            numbers = unpack_positions(counts, positions, tensor.entries)
-        else:
-            numbers = unpack_mask(self._tensors[f"{name}.delta_mask"], tensor.entries).nonzero().view(-1)
-        if numbers.numel() != tensor.stored:
-            raise CheckpointError(f"{name} in {self._place} stores {numbers.numel():,} entries, not {tensor.stored:,}")
-        return numbers
+        if tensor.form == "mask":
+            return self._mask(name).nonzero().view(-1)
+        counts, positions = self._tensors[f"{name}.delta_counts"], self._tensors[f"{name}.delta_positions"]
+        return unpack_positions(counts, positions, tensor.entries)
+
+    def _mask(self, name: str) -> Tensor:
+        tensor = self.manifest.tensors[name]
+        mask = unpack_mask(self._tensors[f"{name}.delta_mask"], tensor.entries)
+        if int(mask.sum()) != tensor.stored:
+            raise CheckpointError(f"the mask of {name} in {self._place} does not hold {tensor.stored:,} entries")
+        return mask
 
     def values(self, name: str) -> Tensor:
         """[stored], the values of the stored entries in the same order, in the type of the tensor that comes out."""
@@ -90,7 +96,10 @@ class DeltaFile:
             found = "missing" if base is None else f"of shape {tuple(base.shape)}"
             raise CheckpointError(f"{name} is {found} in this base, and of shape {tensor.shape} in the delta's base")
         merged = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]).copy_(base)
-        merged.view(-1)[self.stored_numbers(name)] = self.values(name)
+        if tensor.form == "mask":  # the numbers of many entries would take twice what the tensor takes
+            merged.view(-1).masked_scatter_(self._mask(name), self.values(name))
+        else:
+            merged.view(-1)[self.stored_numbers(name)] = self.values(name)
         return merged
 
     def check_base(self, base: Mapping[str, Tensor], progress: Callable[[str], object] | None = None) -> None:
@@ -135,6 +144,8 @@ class DeltaFile:
         def told() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in self.merged_tensors(base, file_order(specs)):
                 yield name, tensor
+                if tensor.numel() >= LARGE:
+                    release_unused()
                 if progress is not None:
                     progress(name)
 

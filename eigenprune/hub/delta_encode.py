@@ -7,20 +7,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eigenprune.entries.delta_header import PRECISIONS
 from eigenprune.entries.packing import pack_mask, pack_positions, smaller_form, unpack_mask
 from eigenprune.errors import CheckpointError, ConfigError, WeightError
 from eigenprune.hub.delta_manifest import (
     FLOATING,
     MANIFEST,
     NAME,
-    PRECISIONS,
     SUFFIXES,
     DeltaManifest,
     StoredTensor,
 )
 from eigenprune.hub.weight_source import DTYPE_NAMES, DTYPES, joint_digest, tensor_digests
 from eigenprune.hub.write_tensors import file_order, write_tensors
+from eigenprune.memory import release_unused
 
+LARGE = 1 << 18  # entries
 # The integer type in which two values of so many bytes are compared bit for bit.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -75,6 +77,7 @@ def write_delta(
     for name in sorted(tuned):
         _check_storable(name, tuned[name])
         tensors[name], packed[name] = _plan(name, tuned[name], base.get(name), masks(name), precision)
+        _give_back(tensors[name])
         if progress is not None:
             progress(name)
     manifest = DeltaManifest(
@@ -137,6 +140,7 @@ def _contents(
             yield key, torch.empty(0, dtype=tuned[key].dtype)
             continue
         tensor = manifest.tensors[name]
+        _give_back(tensor)
         mask = unpack_mask(packed[name], tensor.entries) if tensor.form != "whole" else None
         if part == "values":
             yield key, _values(tuned[name], mask, manifest.precision)
@@ -145,6 +149,12 @@ def _contents(
         elif mask is not None:
             counts, positions = pack_positions(mask)
             yield key, counts if part == "counts" else positions
+
+
+def _give_back(done: StoredTensor) -> None:
+    """Return what a large tensor's work left with the allocator, which the small ones that stay would cut up."""
+    if done.entries >= LARGE:
+        release_unused()
 
 
 def _values(tuned: Tensor, mask: Tensor | None, precision: str) -> Tensor:

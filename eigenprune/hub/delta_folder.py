@@ -143,8 +143,9 @@ def is_delta_folder(folder: Path) -> bool:
     if not (folder / CONFIG).is_file():
         return False
     settings = read_json(folder / CONFIG).get("quantization_config")
-    is_ours = isinstance(settings, Mapping) and settings.get("quant_method") == QUANT_METHOD
-    return is_ours and bool(settings.get("delta"))
+    if not isinstance(settings, Mapping) or settings.get("quant_method") != QUANT_METHOD:
+        return False
+    return bool(settings.get("delta"))
 
 
 def plain_config(folder: Path) -> dict[str, Any]:

@@ -147,8 +147,9 @@ class DeltaManifest:
 
 def _stored(name: str, entry: object, place: str) -> StoredTensor:
     what = f"tensors[{name}]"
-    _check(isinstance(entry, list) and len(entry) == 4, what, entry, place)
-    dtype, shape, form, stored = entry  # type: ignore[misc]
+    parts: list[Any] = entry if isinstance(entry, list) else []
+    _check(len(parts) == 4, what, entry, place)
+    dtype, shape, form, stored = parts
     _check(dtype in DTYPES if isinstance(dtype, str) else False, what, dtype, place)
     sides = isinstance(shape, list) and len(shape) <= 8 and all(type(s) is int and 0 <= s <= BLOCK**2 for s in shape)
     _check(sides and math.prod(shape) <= LARGEST_TENSOR, what, shape, place)

@@ -106,7 +106,7 @@ def tensor_digest(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))} [{shape}]\n".encode())
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     if raw.numel():
-        digest.update(memoryview(raw.numpy()))
+        digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 

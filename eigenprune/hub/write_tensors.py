@@ -51,7 +51,7 @@ def write_tensors(path: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple
                 raise CheckpointError(f"{name!r:.120} changed while it was written: nothing was saved")
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             if raw.numel():
-                file.write(memoryview(raw.numpy()))
+                file.write(raw.numpy().data)
         if next(expected, None) is not None:
             raise CheckpointError("tensors went missing while the file was written: nothing was saved")
 

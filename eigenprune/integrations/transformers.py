@@ -69,7 +69,12 @@ class EigenpruneHfQuantizer(HfQuantizer):
         if self.merged is not None:
             self.merged.finish(model)
             self.merged = None
-            self.remove_quantization_config(model)  # what came out is an ordinary model, and is saved as one
+            # What came out is an ordinary model, and is saved as one.
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+            for module in model.modules():
+                config: Any = getattr(module, "config", None)
+                if hasattr(config, "_is_quantized"):
+                    del config._is_quantized
         # The weights are plain floating-point numbers: .half(), .float() and full fine-tuning may go ahead.
         model.is_quantized = False  # type: ignore[assignment]
         return model

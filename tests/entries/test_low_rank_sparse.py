@@ -27,7 +27,8 @@ def test_what_is_of_that_form_is_found_and_neither_part_alone_can() -> None:
     assert both.error < 1e-3 * norm
     budget = split_bytes((60, 40), 3, 30, 4)
     assert split_within(change, budget, [0]).error > 100 * both.error
-    assert split_within(change, budget, [4]).error > 100 * both.error
+    assert split_bytes((60, 40), 4, 0, 4) > budget
+    assert split_low_rank_sparse(change, 4, 0).error > 100 * both.error
     assert split_within(change, budget, range(5)).rank == 3
 
 

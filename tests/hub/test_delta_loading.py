@@ -61,6 +61,7 @@ def test_what_came_out_is_an_ordinary_model(folders: tuple[Path, Path, Path], tm
     model = AutoModelForCausalLM.from_pretrained(delta)
     assert not hasattr(model.config, "quantization_config")
     assert not hasattr(model, "hf_quantizer")
+    assert not getattr(model.config, "_is_quantized", False)
     model.half().float()
     AutoModelForCausalLM.from_pretrained(delta).save_pretrained(tmp_path / "whole")
     written = json.loads((tmp_path / "whole" / "config.json").read_text())
@@ -169,6 +170,16 @@ def test_temporary_file_is_gone_after_loading_and_after_a_failure(
     with pytest.raises(CheckpointError):
         AutoModelForCausalLM.from_pretrained(delta)
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_model_that_would_stay_in_part_on_disk_is_refused(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    with pytest.raises(CheckpointError, match="delta apply BASE DIR"):
+        AutoModelForCausalLM.from_pretrained(
+            folders[2], device_map=places | {"model.layers": "disk"}, offload_folder=tmp_path
+        )
+    model = AutoModelForCausalLM.from_pretrained(folders[2], device_map="auto")
+    assert matches(model, merged_state(*folders[:2]))
 
 
 def test_config_of_a_delta_is_a_closed_set(folders: tuple[Path, Path, Path]) -> None:

@@ -308,7 +308,7 @@ FAULTS = (
     Fault(
         "count of a delta's entries believed",
         "hub/delta_decode.py",
-        "if numbers.numel() != tensor.stored:",
+        "if int(mask.sum()) != tensor.stored:",
         "if tensor.stored < 0:",
         ("tests/reliability/test_hostile_deltas.py", "-k", "g6 and mask"),
     ),

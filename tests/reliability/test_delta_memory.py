@@ -14,9 +14,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TENSORS, SIDE = 32, 1024
 LARGEST = 4 * SIDE**2
 MODEL = TENSORS * LARGEST
-# Both models' tensor, a copy of the kept entries and one of their bytes to be hashed or written, int64 numbers of up to
-# all entries (twice float32), masks of a byte an entry and what torch makes beside them.
-BOUND = 7 * LARGEST
+# A tensor of each model, a copy of the kept entries, their int64 numbers while they are gathered (at most twice as much
+# as float32), and masks of a byte an entry.
+BOUND = 6 * LARGEST
 SLACK = 4 << 20  # pages and pieces that the allocator keeps
 
 pytestmark = [

@@ -166,6 +166,7 @@ LIES = {
     "precision that the file has not": _field("precision", "float16"),
     "manifest of another type": _tensor(MANIFEST, lambda _t: torch.ones(3)),
     "mask too long": _tensor("one.weight.delta_mask", lambda t: torch.cat([t, t])),
+    "mask with one entry more or less": _tensor("one.weight.delta_mask", lambda t: torch.cat([t[:1] ^ 1, t[1:]])),
     "mask full": _tensor("one.weight.delta_mask", lambda t: torch.full_like(t, 255)),
     "values too few": _tensor("one.weight.delta_values", lambda t: t[:-1]),
     "values of another type": _tensor("one.weight.delta_values", lambda t: t.double()),
