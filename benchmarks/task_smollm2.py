@@ -32,7 +32,7 @@ from eigenprune.evaluate.intervals import wilson_interval
 from eigenprune.evaluate.tasks import find_task
 from eigenprune.evaluate.token_example import TokenExample
 from eigenprune.hub import base_weights, save_adapter
-from eigenprune.removal.task_run import TaskExamples, run_task_
+from eigenprune.removal.task_run import TaskSplits, run_task_
 
 RESULTS = Path(__file__).parent / "results" / "tasks.jsonl"
 # Of the guard: WikiText-2 training text. What it cost is then measured on the test text, which the search never sees.
@@ -126,7 +126,7 @@ def after(model: Any, tokenizer: Any, name: str, options: argparse.Namespace) ->
     )
     text = torch.tensor(token_ids(tokenizer, SEPARATOR.join(read_texts([folder / "test_raw.txt.gz"]))[:400_000]))
     windows = spaced_windows(text, TEXT_WINDOW, TEXT_WINDOWS)
-    split = TaskExamples(**{part: examples(tokenizer, name, part) for part in ("train", "held_out", "test")})
+    split = TaskSplits(**{part: examples(tokenizer, name, part) for part in ("train", "held_out", "test")})
     base, text_before = base_weights(model), perplexity(model, windows, progress=False).loss
     report = run_task_(
         model,
