@@ -6,7 +6,7 @@ python benchmarks/task_smollm2.py --stage after --tasks int-mult
 python benchmarks/task_smollm2.py --table                      # the rows kept so far, nothing measured
 
 INT-SUM and INT-MULT are made; basic_arithmetic, CB and COPA come from the shared folder (EIGENPRUNE_SHARED). Rows that
-are there already are not measured again. CB and COPA have no training file here: half of their validation set is the
+are there already are not measured again. Ctrl-C ends a search, and its row says so. CB and COPA have no training file here: half of their validation set is the
 test, the other half is what is learned from and stopped by.
 """
 
@@ -58,7 +58,7 @@ class Plan:
 
 
 PLANS = {
-    "int-sum": Plan(None, 128, 48, 500),
+    "int-sum": Plan(None, 128, 48, 200),
     "int-mult": Plan(None, 128, 48, 80),
     "basic-arithmetic": Plan("basic_arithmetic", 128, 48, 200),
     "cb": Plan("cb", 16, 12, 28, 0.43),
@@ -141,6 +141,7 @@ def after(model: Any, tokenizer: Any, name: str, options: argparse.Namespace) ->
         pooled=False,
         seed=0,
         progress=True,
+        keep_on_interrupt=True,
     )
     found = report.to_dict()
     views = found.pop("views")

@@ -94,10 +94,8 @@ def remove_(
         path: Iterable[tuple[RemovalRound, State]]
         search = None
         if worth == "exact":
-            settings = SearchSettings(
-                limit, retention_bound, retention_weight, checks, pooled, batch, progress, keep_on_interrupt
-            )
-            search = Search(frozen, judges, means, allowed, settings)
+            how = (limit, retention_bound, retention_weight, checks, pooled, batch, progress, keep_on_interrupt)
+            search = Search(frozen, judges, means, allowed, SearchSettings(*how))
             path = search.run()
         elif compat is not None:
             attempts = [pooled_masks(frozen, before, wanted, fraction * remove) for fraction in FRACTIONS]

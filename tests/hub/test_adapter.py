@@ -61,7 +61,7 @@ def test_applied_is_the_pruned_model_and_undone_is_the_base_bit_for_bit(
 
 
 def test_applied_model_is_saved_whole_and_undone_one_is_stock_again(llama: Path, tmp_path: Path) -> None:
-    """Llama has no biases: those that the adapter gives are read back, and forgotten by the config when it is undone."""
+    """Llama has no biases: those that the adapter gives are read back, and the config forgets them after it."""
     model = tiny_model("llama")
     stock = model.config.to_dict()
     applied = apply_adapter_(model, llama)
