@@ -6,8 +6,8 @@ python benchmarks/task_smollm2.py --stage after --tasks int-mult
 python benchmarks/task_smollm2.py --table                      # the rows kept so far, nothing measured
 
 INT-SUM and INT-MULT are made; basic_arithmetic, CB and COPA come from the shared folder (EIGENPRUNE_SHARED). Rows that
-are there already are not measured again. Ctrl-C ends a search, and its row says so. CB and COPA have no training file here: half of their validation set is the
-test, the other half is what is learned from and stopped by.
+are there already are not measured again. Ctrl-C ends a search, and its row says so. CB and COPA have no training file
+here: half of their validation set is the test, the other half is what is learned from and stopped by.
 """
 
 from __future__ import annotations
