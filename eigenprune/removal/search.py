@@ -130,7 +130,7 @@ class Search:
         return Losses(search, self.judges.held_out.loss(model), self.judges.retention.token_loss(model))
 
     def _round(self) -> None:
-        moves = self._moves()[: POOL * self.settings.limit]
+        moves = self._moves()[: int(POOL * self.settings.limit)]
         size = max(1, self.settings.limit // GROUPS)
         for first in range(0, len(moves), size):
             self._try(moves[first : first + size])
