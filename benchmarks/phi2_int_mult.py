@@ -27,7 +27,7 @@ from eigenprune.calibrate import builtin_texts, cut_windows, read_texts
 from eigenprune.evaluate.intervals import wilson_interval
 from eigenprune.evaluate.tasks import find_task
 from eigenprune.hub import base_weights, save_adapter
-from eigenprune.removal.task_run import run_task_, task_examples
+from eigenprune.removal.task_run import run_task_, task_splits
 
 MODEL = "microsoft/phi-2"
 TASK = "int-mult"
@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     # The released code begins every prompt with the first token, which Phi's tokenizer does not do by itself.
     bos = None if tokenizer.bos_token_id is None else True
-    examples = task_examples(
+    examples = task_splits(
         find_task(TASK), tokenizer, train=options.train, held_out=options.held_out, test=options.test, bos=bos
     )
     texts = builtin_texts() if options.retention is None else read_texts([options.retention])

@@ -6,8 +6,8 @@ python benchmarks/task_smollm2.py --stage after --tasks int-mult
 python benchmarks/task_smollm2.py --table                      # the rows kept so far, nothing measured
 
 INT-SUM and INT-MULT are made; basic_arithmetic, CB and COPA come from the shared folder (EIGENPRUNE_SHARED). Rows that
-are there already are not measured again. CB and COPA have no training file here: half of their validation set is the
-test, the other half is what is learned from and stopped by.
+are there already are not measured again. Ctrl-C ends a search, and its row says so. CB and COPA have no training file
+here: half of their validation set is the test, the other half is what is learned from and stopped by.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from eigenprune.evaluate.intervals import wilson_interval
 from eigenprune.evaluate.tasks import find_task
 from eigenprune.evaluate.token_example import TokenExample
 from eigenprune.hub import base_weights, save_adapter
-from eigenprune.removal.task_run import TaskExamples, run_task_
+from eigenprune.removal.task_run import TaskSplits, run_task_
 
 RESULTS = Path(__file__).parent / "results" / "tasks.jsonl"
 # Of the guard: WikiText-2 training text. What it cost is then measured on the test text, which the search never sees.
@@ -58,7 +58,7 @@ class Plan:
 
 
 PLANS = {
-    "int-sum": Plan(None, 128, 48, 500),
+    "int-sum": Plan(None, 128, 48, 200),
     "int-mult": Plan(None, 128, 48, 80),
     "basic-arithmetic": Plan("basic_arithmetic", 128, 48, 200),
     "cb": Plan("cb", 16, 12, 28, 0.43),
@@ -126,7 +126,7 @@ def after(model: Any, tokenizer: Any, name: str, options: argparse.Namespace) ->
     )
     text = torch.tensor(token_ids(tokenizer, SEPARATOR.join(read_texts([folder / "test_raw.txt.gz"]))[:400_000]))
     windows = spaced_windows(text, TEXT_WINDOW, TEXT_WINDOWS)
-    split = TaskExamples(**{part: examples(tokenizer, name, part) for part in ("train", "held_out", "test")})
+    split = TaskSplits(**{part: examples(tokenizer, name, part) for part in ("train", "held_out", "test")})
     base, text_before = base_weights(model), perplexity(model, windows, progress=False).loss
     report = run_task_(
         model,
@@ -141,6 +141,7 @@ def after(model: Any, tokenizer: Any, name: str, options: argparse.Namespace) ->
         pooled=False,
         seed=0,
         progress=True,
+        keep_on_interrupt=True,
     )
     found = report.to_dict()
     views = found.pop("views")

@@ -69,7 +69,7 @@ def task(
     from eigenprune.evaluate.tasks import TASKS, find_task
     from eigenprune.hub import base_weights
     from eigenprune.hub.given_biases import without_bias
-    from eigenprune.removal.task_run import run_task_, task_examples
+    from eigenprune.removal.task_run import run_task_, task_splits
 
     if listed:
         show([_listed()], {name: row.about for name, row in TASKS.items()}, as_json=as_json, quiet=quiet)
@@ -80,7 +80,7 @@ def task(
     chosen = find_task(task, data)
     loaded = load_model(model, dtype, revision=revision, quiet=quiet)
     tokenizer = load_tokenizer(model, revision=revision)
-    examples = task_examples(chosen, tokenizer, train=train, held_out=held_out, test=test, seed=seed)
+    examples = task_splits(chosen, tokenizer, train=train, held_out=held_out, test=test, seed=seed)
     text, source = _retention(loaded, tokenizer, retention)
     if retention is None and not quiet:
         errors.print("guarded by Python's own documentation; --retention FILE like your own use is better")

@@ -6,6 +6,8 @@ from eigenprune.removal.frozen import FrozenPieces
 from eigenprune.removal.removal import Removal, RemovalReport, RemovalRound, RemovedPiece, removed_pieces
 from eigenprune.removal.remove import remove_
 from eigenprune.removal.task import TaskExamples, named_task
+from eigenprune.removal.task_report import TaskReport
+from eigenprune.removal.task_run import TaskSplits, run_task_, task_splits
 
 __all__ = [
     "FrozenPieces",
@@ -14,8 +16,12 @@ __all__ = [
     "RemovalRound",
     "RemovedPiece",
     "TaskExamples",
+    "TaskReport",
+    "TaskSplits",
     "apply_",
     "named_task",
     "remove_",
     "removed_pieces",
+    "run_task_",
+    "task_splits",
 ]

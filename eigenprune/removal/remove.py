@@ -39,6 +39,7 @@ def remove_(
     batch: int = 16,
     seed: int = 0,
     progress: bool = True,
+    keep_on_interrupt: bool = False,
 ) -> RemovalReport:
     """Freeze components of `model`, in place, so that it gets better at a task and keeps what `retention` asks for.
 
@@ -65,6 +66,8 @@ def remove_(
         batch: examples in one run.
         seed: of the split, and of `random`.
         progress: show a bar on standard error.
+        keep_on_interrupt: let Ctrl-C in the search of `exact` end it, and keep what was found by then; the settings of
+            the report then have `interrupted`.
 
     Raises:
         ConfigError: a setting is unknown or out of range, or the model has no layer of these kinds.
@@ -89,9 +92,11 @@ def remove_(
         measured = time.perf_counter()
         limit, means = int(remove * components), gradients.input_mean
         path: Iterable[tuple[RemovalRound, State]]
+        search = None
         if worth == "exact":
-            settings = SearchSettings(limit, retention_bound, retention_weight, checks, pooled, batch, progress)
-            path = Search(frozen, judges, means, allowed, settings).run()
+            how = (limit, retention_bound, retention_weight, checks, pooled, batch, progress, keep_on_interrupt)
+            search = Search(frozen, judges, means, allowed, SearchSettings(*how))
+            path = search.run()
         elif compat is not None:
             attempts = [pooled_masks(frozen, before, wanted, fraction * remove) for fraction in FRACTIONS]
             path = one_shot(frozen, judges, compat.inputs, attempts)
@@ -121,6 +126,7 @@ def remove_(
             "pooled": pooled,
             "seed": seed,
             "examples": [len(judges.search), len(judges.held_out), len(judges.retention)],
+            "interrupted": search is not None and search.interrupted,
         },
         removal=removal,
         worth={name: value.float() for name, value in before.items()},

@@ -37,6 +37,7 @@ class SearchSettings:
     pooled: bool
     batch: int
     progress: bool
+    keep_on_interrupt: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Search:
         self.checks = 0
         self.now = self._losses()
         self.base = self.now
+        self.interrupted = False
+        self._kept = frozen.state()  # what the last check that gained has left
         self._bar = tqdm(
             total=settings.checks, desc="checking", unit="check", disable=not settings.progress, leave=False
         )
@@ -89,11 +92,18 @@ class Search:
             yield self.entry(), self.frozen.state()
             while self.checks < self.settings.checks:
                 before, known = self.objective(self.now), self.checks
-                self._round()
+                try:
+                    self._round()
+                except KeyboardInterrupt:
+                    if not self.settings.keep_on_interrupt:
+                        raise
+                    self.interrupted = True
+                    self.frozen.undo_all_()  # a layer may be half way: from the base, then
+                    self.frozen.restore_(self._kept)
                 if self.checks == known or self.objective(self.now) >= before:
                     return
                 yield self.entry(), self.frozen.state()
-                if before - self.objective(self.now) < LEAST_GAIN:
+                if self.interrupted or before - self.objective(self.now) < LEAST_GAIN:
                     return
 
     def objective(self, losses: Losses) -> float:
@@ -157,7 +167,7 @@ class Search:
         self._bar.update()
         found = self._losses()
         if self._gains(found):
-            self.now = found
+            self.now, self._kept = found, self.frozen.state()
             return
         for name, (mask, delta) in before.items():
             self.frozen.set_(name, mask, delta)

@@ -3,13 +3,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
 from eigenprune.calibrate.source import own_tokenizer
 from eigenprune.errors import ConfigError
+from eigenprune.evaluate.tasks import find_task
 from eigenprune.evaluate.token_example import TokenExample
 
 MOST_EXAMPLES = 256  # to measure worth on; more cost time and, by the pilot, change little
@@ -41,10 +41,9 @@ def named_task(model: nn.Module, name: str | None, tokenizer: Any) -> TaskExampl
     """
     if name is None:
         raise ConfigError("this method needs a task: EigenpruneConfig(task='int-mult'), or prune_(..., task=...)")
-    tasks = import_module("eigenprune.evaluate.tasks")
-    found = tasks.find_task(name)
+    found = find_task(name)
     tokenizer = tokenizer or own_tokenizer(model)
     return TaskExamples(
-        examples=found.examples(tokenizer, "train")[:MOST_EXAMPLES],
-        held_out=found.examples(tokenizer, "held_out")[:MOST_EXAMPLES],
+        examples=found.examples(tokenizer, "train", limit=MOST_EXAMPLES),
+        held_out=found.examples(tokenizer, "held_out", limit=MOST_EXAMPLES),
     )

@@ -18,7 +18,7 @@ from eigenprune.spectral import layer_views
 
 
 @dataclass(frozen=True)
-class TaskExamples:
+class TaskSplits:
     """The three splits of a task in token ids; the test is looked at before and after, and never in between."""
 
     train: list[TokenExample]
@@ -26,7 +26,7 @@ class TaskExamples:
     test: list[TokenExample]
 
 
-def task_examples(
+def task_splits(
     task: Task,
     tokenizer: Any,
     *,
@@ -36,7 +36,7 @@ def task_examples(
     seed: int = SEED,
     held_out_part: float = HELD_OUT,
     bos: bool | None = None,
-) -> TaskExamples:
+) -> TaskSplits:
     """The splits of `task`, each with at most so many examples; None takes all.
 
     Raises:
@@ -51,13 +51,13 @@ def task_examples(
         split: task.examples(tokenizer, split, seed=seed, held_out=held_out_part, limit=limit, bos=bos)
         for split, limit in limits.items()
     }
-    return TaskExamples(**found)
+    return TaskSplits(**found)
 
 
 def run_task_(
     model: nn.Module,
     task: str,
-    examples: TaskExamples,
+    examples: TaskSplits,
     retention: list[TokenExample] | Tensor,
     *,
     batch: int = 16,
@@ -69,7 +69,7 @@ def run_task_(
     Args:
         model: a causal language model; changed in place.
         task: its name, for the report.
-        examples: see `task_examples`.
+        examples: see `task_splits`.
         retention: what must not be lost: examples, or [windows, window] int64 token ids of plain text.
         batch: examples in one run.
         settings: plain JSON values to keep in the report.

@@ -4,14 +4,18 @@
 from eigenprune.report.provenance import CARRIED, base_card, base_facts, versions
 from eigenprune.report.prune_report import LayerReport, PruneReport
 from eigenprune.report.tables import layer_table, summary_table
+from eigenprune.report.task_pictures import write_pictures
+from eigenprune.report.task_views import TaskViews
 
 __all__ = [
     "CARRIED",
     "LayerReport",
     "PruneReport",
     "base_card",
+    "TaskViews",
     "base_facts",
     "layer_table",
     "summary_table",
     "versions",
+    "write_pictures",
 ]

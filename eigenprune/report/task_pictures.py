@@ -112,27 +112,36 @@ def layers_figure(views: TaskViews) -> "Figure":
 
 
 def path_figure(views: TaskViews) -> "Figure":
-    """Held-out accuracy and retention loss over the removed share, with the chosen stop.
+    """Held-out accuracy and loss, and retention loss, over the removed share, with the chosen stop.
 
     Raises:
         ConfigError: matplotlib is not installed, or there is no round.
     """
     if not views.path:
         raise ConfigError("there is no round to draw")
-    figure = _figure(6.0, 4.8)
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    figure = _figure(6.0, 6.2)
+    panels = figure.subplots(3, 1, sharex=True)
+    upper, lower = panels[0], panels[2]
     shares = [100 * point.removed for point in views.path]
-    upper.plot(shares, [100 * point.accuracy for point in views.path], "o-", color=TASK, markersize=4)
-    upper.set_ylabel("held-out accuracy, %")
+    drawn = (
+        ("held-out accuracy, %", TASK, [100 * point.accuracy for point in views.path]),
+        ("held-out loss,\nnats per example", TASK, [point.loss for point in views.path]),
+        ("retention loss,\nnats per token", RETENTION, [point.retention for point in views.path]),
+    )
+    for panel, (label, colour, values) in zip(panels, drawn, strict=True):
+        panel.plot(shares, values, "o-", color=colour, markersize=4)
+        panel.set_ylabel(label)
+    for number, (share, value) in enumerate(zip(shares, drawn[1][2], strict=True)):
+        # Rounds can trade components at one share: their numbers tell them apart.
+        panels[1].annotate(str(number), (share, value), xytext=(6, 2), textcoords="offset points", fontsize=8)
     upper.set_ylim(-3, 103)
-    lower.plot(shares, [point.retention for point in views.path], "o-", color=RETENTION, markersize=4)
-    lower.set_ylabel("retention loss,\nnats per token")
-    lower.set_xlabel("components removed, %")
+    lower.set_xlabel("components removed, %; numbers: rounds")
+    lower.margins(x=0.08)
     if views.retention_bound is not None:
         lower.axhline(views.retention_bound, color=RETENTION, linestyle="--", linewidth=1, label="bound")
         lower.legend(frameon=False, fontsize=8)
     stop = views.path[views.chosen]
-    for panel in (upper, lower):
+    for panel in panels:
         panel.axvline(100 * stop.removed, color=REMOVED, linewidth=1)
         _plain(panel)
     upper.annotate(

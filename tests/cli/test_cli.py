@@ -156,7 +156,7 @@ def test_missing_model_and_wrong_usage_have_their_exit_codes(tmp_path: Path, tex
     assert (missing.returncode, "Traceback" in missing.stderr) == (1, False)
     assert run("prune").returncode == 2
     assert run("--version").stdout.startswith("eigenprune ")
-    for command in ("prune", "eval", "inspect", "extract-lora", "card", "push"):
+    for command in ("prune", "eval", "inspect", "extract-lora", "task", "apply", "card", "push"):
         assert "xample" in run(command, "--help").stdout, command
 
 

@@ -60,6 +60,20 @@ def test_applied_is_the_pruned_model_and_undone_is_the_base_bit_for_bit(
         applied.undo_()
 
 
+def test_applied_model_is_saved_whole_and_undone_one_is_stock_again(llama: Path, tmp_path: Path) -> None:
+    """Llama has no biases: those that the adapter gives are read back, and the config forgets them after it."""
+    model = tiny_model("llama")
+    stock = model.config.to_dict()
+    applied = apply_adapter_(model, llama)
+    assert applied.given
+    model.save_pretrained(tmp_path / "better")
+    assert same(state(type(model).from_pretrained(tmp_path / "better")), state(model))
+    applied.undo_()
+    assert model.config.to_dict() == stock | {"architectures": ["LlamaForCausalLM"]}  # saving sets that
+    model.save_pretrained(tmp_path / "stock")
+    assert "quantization_config" not in json.loads((tmp_path / "stock" / "config.json").read_text())
+
+
 def test_file_is_kilobytes_of_masks_and_biases_and_always_the_same(llama: Path, tmp_path: Path) -> None:
     """The bound: one bit a component, four bytes an output, and 300 bytes of names and hashes a layer."""
     model = tiny_model("llama")
