@@ -39,6 +39,7 @@ from eigenprune.spectral import (
     Options,
     allocate,
     components,
+    factor_sequentially_,
     find_method,
     layer_metric,
     layer_of_factors,
@@ -101,12 +102,14 @@ def prune_(
     _require_layers(chosen, skipped)
     _check_weights(chosen)
 
-    if method.statistics and statistics is None:
-        where = cache_dir or default_cache_dir()
+    where = cache_dir or default_cache_dir()
+    if method.statistics and (statistics is None or method.shift is not None and windows is None):
         with clock("texts"):
             calibration = _calibration(model, config, tokenizer, texts, windows, where, progress)
-        with clock("statistics"):
-            statistics = _measured(model, config, chosen, calibration, where, progress)
+        windows = calibration.windows
+        if statistics is None:
+            with clock("statistics"):
+                statistics = _measured(model, config, chosen, calibration, where, progress)
     if method.statistics and statistics is not None:
         for name in [name for name in chosen if name not in statistics]:
             skipped[name] = "did not run on the calibration text"
@@ -125,7 +128,23 @@ def prune_(
         choices = allocate(options, config.keep, allocation)
     before = _size(model)
     with clock("factors"), _undo_on_error(model, chosen if restore_on_error else {}):
-        for name in _bar([name for name in chosen if choices[name].rank], "factors", progress):
+        ranks = {name: choice.rank for name, choice in choices.items() if choice.rank}
+        dense = dict(chosen) if restore_on_error else chosen
+        if method.shift is not None and statistics is not None and windows is not None:
+            factor_sequentially_(
+                model,
+                dense,
+                ranks,
+                method,
+                statistics,
+                windows,
+                config.layout,
+                cache_dir=where,
+                keep_dense=restore_on_error,
+                progress=progress,
+            )
+        finished = low_rank_layers(model)
+        for name in _bar([name for name in ranks if name not in finished], "factors", progress):
             module = chosen[name] if restore_on_error else chosen.pop(name)
             metric = layer_metric(method, statistics, name, dense_weight(module).device)
             replace_module_(model, name, factored_layer(module, metric, choices[name].rank, config.layout))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts to token windows to streamed statistics."""
 
-from eigenprune.calibrate.cache import default_cache_dir
+from eigenprune.calibrate.cache import cache_key, default_cache_dir, save_tensors, windows_hash
 from eigenprune.calibrate.collect import collect_statistics
 from eigenprune.calibrate.sampled import SAMPLED, Sampling, can_sample, sample_windows
+from eigenprune.calibrate.sequential import ShiftedMoments, sequential_moments
 from eigenprune.calibrate.source import SOURCES, Calibration, calibration_windows
 from eigenprune.calibrate.statistics import Statistics
 from eigenprune.calibrate.texts import BUILTIN, builtin_texts, read_texts, row_texts
@@ -16,8 +17,10 @@ __all__ = [
     "SOURCES",
     "Calibration",
     "Sampling",
+    "ShiftedMoments",
     "Statistics",
     "builtin_texts",
+    "cache_key",
     "calibration_windows",
     "can_sample",
     "collect_statistics",
@@ -26,5 +29,8 @@ __all__ = [
     "read_texts",
     "row_texts",
     "sample_windows",
+    "save_tensors",
+    "sequential_moments",
     "token_ids",
+    "windows_hash",
 ]

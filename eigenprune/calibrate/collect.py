@@ -74,7 +74,7 @@ def collect_statistics(
     _check_arguments(model, windows, layers, kinds)
     name, objective = objective_for(model)
     backward = any(kind != "input_gram" for kind in kinds)
-    with _calibration_mode(model, backward) as autocast_dtype:
+    with calibration_mode(model, backward) as autocast_dtype:
         groups = shared_inputs(model, windows[:1].to(_device(model)), layers)
         outputs = [layer for layer in groups if backward]
         facts = Facts(
@@ -205,7 +205,7 @@ def _check_arguments(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.
 
 
 @contextmanager
-def _calibration_mode(model: nn.Module, backward: bool) -> Iterator[torch.dtype | None]:
+def calibration_mode(model: nn.Module, backward: bool) -> Iterator[torch.dtype | None]:
     """Evaluation mode, gradients to activations only, bfloat16 where the machine has it; all restored afterwards.
 
     Yields the dtype of autocast, or None where the model runs as it is.

@@ -7,6 +7,8 @@ from eigenprune.spectral.factored import layer_of_factors
 from eigenprune.spectral.methods import METHODS, Method, find_method
 from eigenprune.spectral.metric import Metric, layer_metric
 from eigenprune.spectral.pivot import pivot_factors
+from eigenprune.spectral.sequential import factor_sequentially_
+from eigenprune.spectral.shifted import shifted_target
 from eigenprune.spectral.worth import Options, rank_options
 
 __all__ = [
@@ -20,10 +22,12 @@ __all__ = [
     "Spectrum",
     "allocate",
     "components",
+    "factor_sequentially_",
     "find_method",
     "layer_metric",
     "layer_of_factors",
     "pivot_factors",
     "rank_options",
+    "shifted_target",
     "spectrum",
 ]

@@ -16,6 +16,9 @@ class Method:
         allocation: the default: `uniform`, or `global`, which is sound only where the loss has one unit in all
         matrices. shrink_input, shrink_output: fixed shrinkage of the Grams; None follows the token count.
         source: the paper, or where the formula stands.
+        shift: beta of `shifted_target`: layers are factored one after another, each on the inputs that the factored
+            ones before it give. None: all are factored on the inputs of the dense model.
+        mend_residual: with a `shift`, layers that write to the residual stream also make up for what it has lost.
     """
 
     input_metric: str
@@ -24,6 +27,8 @@ class Method:
     source: str
     shrink_input: float | None = None
     shrink_output: float | None = None
+    shift: float | None = None
+    mend_residual: bool = False
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -38,7 +43,17 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "kfac": Method("gram", "gram", "global", "the metric of KFAC-SVD (LEMS, 2026), with one global choice of ranks"),
+    "kfac-seq": Method(
+        "gram",
+        "gram",
+        "global",
+        "kfac, factored block by block as AA-SVD (arXiv 2604.02119) does, and mending the residual stream",
+        shift=1.0,
+        mend_residual=True,
+    ),
     "svd-llm": Method("gram", "none", "uniform", "SVD-LLM, arXiv 2403.07378", shrink_input=0.0),
+    "aa-svd": Method("gram", "none", "uniform", "AA-SVD, arXiv 2604.02119, without its block refinement", shift=1.0),
+    "dobi-closed": Method("gram", "none", "uniform", "Dobi-SVD, arXiv 2502.02723: its closed form alone", shift=0.0),
     "asvd": Method("abs-mean", "none", "uniform", "ASVD, arXiv 2312.05821, alpha 0.5, without its rank search"),
     "svd": Method("none", "none", "uniform", "plain truncated SVD; data-free, a baseline"),
 }
