@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from environment import ROOT, environment, shared_folder
 from get_smollm2 import get_smollm2
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eigenprune.calibrate import (
@@ -41,9 +41,18 @@ from eigenprune.calibrate import (
     token_ids,
 )
 from eigenprune.evaluate import perplexity, spaced_windows
-from eigenprune.layers import dense_weight, replace_module_, select_layers
+from eigenprune.layers import dense_weight, low_rank_layers, replace_module_, select_layers
 from eigenprune.prune import layer_of_components
-from eigenprune.spectral import METHODS, Components, allocate, components, layer_metric, rank_options, spectrum
+from eigenprune.spectral import (
+    METHODS,
+    Components,
+    allocate,
+    components,
+    factor_sequentially_,
+    layer_metric,
+    rank_options,
+    spectrum,
+)
 
 KEEP = (0.9, 0.8, 0.6)
 LAYOUTS = ("pivot", "pair")
@@ -101,8 +110,11 @@ class Bench:
         choices = allocate(options, row.keep, row.allocation)
         pruned = copy.deepcopy(self.model)
         began = time.perf_counter()
+        ranks = {name: choice.rank for name, choice in choices.items() if choice.rank}
+        if METHODS[row.method].shift is not None:
+            self._factor_sequentially(pruned, row, ranks)
         for name, module in self.layers.items():
-            if choices[name].rank:
+            if name in ranks and name not in low_rank_layers(pruned):
                 found = Components(parts[name].left.double(), parts[name].right.double())
                 replace_module_(pruned, name, layer_of_components(module, found, choices[name].rank, row.layout))
         seconds = time.perf_counter() - began
@@ -115,6 +127,18 @@ class Bench:
         }
         return {**vars(row), **facts, **perplexity(pruned, self.windows).to_dict()}
 
+    def _factor_sequentially(self, pruned: nn.Module, row: Row, ranks: dict[str, int]) -> None:
+        factor_sequentially_(
+            pruned,
+            select_layers(pruned).chosen,
+            ranks,
+            METHODS[row.method],
+            self._collected(row.calibration),
+            self.calibration_windows(row.calibration),
+            row.layout,
+            cache_dir=default_cache_dir(),
+        )
+
     def _decomposed(self, calibration: str, method: str) -> tuple[dict[str, Components], dict[str, Any]]:
         if self._parts is None or self._parts[0] != (calibration, method):
             self._parts = None
@@ -124,6 +148,8 @@ class Bench:
                 metric = layer_metric(METHODS[method], statistics, name)
                 weight = dense_weight(module).detach()
                 spectra[name] = spectrum(weight, metric)
+                if METHODS[method].shift is not None:
+                    continue  # made anew for every budget
                 found = components(weight, metric)
                 parts[name] = Components(found.left.float(), found.right.float())  # half the memory, and enough digits
             self._parts = ((calibration, method), parts, spectra)

@@ -103,7 +103,7 @@ def prune_(
     _check_weights(chosen)
 
     where = cache_dir or default_cache_dir()
-    if method.statistics and (statistics is None or method.shift is not None and windows is None):
+    if method.statistics and (statistics is None or (method.shift is not None and windows is None)):
         with clock("texts"):
             calibration = _calibration(model, config, tokenizer, texts, windows, where, progress)
         windows = calibration.windows

@@ -2,7 +2,7 @@
 """The chain of blocks of a model, run one block at a time over the hidden states of all windows."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,22 +92,7 @@ def find_chain(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.Module
     if not names:
         return None
     inside = {name: [layer for layer in layers if layer.startswith(f"{name}.")] for name in names}
-    probes = []
-    for ids in (windows[:1], windows[-1:]):
-        calls: dict[str, list[_Call]] = {name: [] for name in names}
-        order: list[tuple[str, tuple[int, ...]]] = []
-        with ExitStack() as stack:
-            for name in names:
-                hook = model.get_submodule(name).register_forward_hook(_recorder(calls[name]), with_kwargs=True)
-                stack.callback(hook.remove)
-                for layer in inside[name]:
-                    watch = layers[layer].register_forward_pre_hook(
-                        lambda _m, args, layer=layer: order.append((layer, tuple(args[0].shape[:-1])))
-                    )
-                    stack.callback(watch.remove)
-            model(**model_inputs(model, ids))
-        probes.append((calls, order))
-    (calls, order), (others, _) = probes
+    (calls, order), (others, _) = (_probe(model, ids, inside) for ids in (windows[:1], windows[-1:]))
     if not all(len(calls[name]) == 1 and len(others[name]) == 1 for name in names) or not _is_chained(names, calls):
         return None
     rest = [(calls[name][0].args[1:], calls[name][0].kwargs) for name in names]
@@ -120,6 +105,28 @@ def find_chain(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.Module
         for name in names
     ]
     return BlockChain(tuple(names), tuple(orders), tuple(rest))
+
+
+def _probe(
+    model: nn.Module, ids: Tensor, inside: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[_Call]], list[tuple[str, tuple[int, ...]]]]:
+    """Run one window: the calls of each block, and the layers `inside` them as they ran, with [1, window] or what else
+    they ran on."""
+    calls: dict[str, list[_Call]] = {name: [] for name in inside}
+    order: list[tuple[str, tuple[int, ...]]] = []
+
+    def note(layer: str) -> Callable[..., None]:
+        return lambda _module, args: order.append((layer, tuple(args[0].shape[:-1])))
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(_recorder(calls[name]), with_kwargs=True) for name in inside
+    ]
+    handles += [
+        model.get_submodule(layer).register_forward_pre_hook(note(layer)) for name in inside for layer in inside[name]
+    ]
+    with _hooked(handles):
+        model(**model_inputs(model, ids))
+    return calls, order
 
 
 def _block_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -156,7 +163,7 @@ def _same(one: Any, other: Any) -> bool:
         return (
             isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
         )
-    return one is None and other is None or (isinstance(one, bool | int | float | str) and one == other)
+    return (one is None and other is None) or (isinstance(one, bool | int | float | str) and one == other)
 
 
 def _hidden_of(output: Any) -> Any:

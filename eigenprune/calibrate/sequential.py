@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eigenprune.calibrate.blocks import BlockChain, Hidden, find_chain
-from eigenprune.calibrate.residual import residual_bases
 from eigenprune.calibrate.collect import calibration_mode
 from eigenprune.calibrate.gram import GramSum
+from eigenprune.calibrate.residual import residual_bases
 from eigenprune.errors import WeightError
 from eigenprune.layers import dense_weight, replace_module_
 from eigenprune.memory import release_unused
@@ -25,8 +25,8 @@ class ShiftedMoments:
         layers: that read this input.
         gram: C~ = mean x~ x~^T, [in, in] float32, symmetric.
         cross: D = mean x x~^T, [in, in] float32.
-        residual: E = mean d x~^T, [out, in] float32, where the layer's output is added to a residual stream which is by d
-            smaller in the pruned model than in the dense one; None for other layers.
+        residual: E = mean d x~^T, [out, in] float32, where the layer's output is added to a residual stream which is
+            by d smaller in the pruned model than in the dense one; None for other layers.
         tokens: how many.
     """
 

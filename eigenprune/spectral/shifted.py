@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weight that does best on the inputs which a pruned prefix gives, and the metric of those inputs."""
 
-import torch
 from torch import Tensor
 
 from eigenprune.spectral.metric import INPUT_REFERENCE, Root, default_shrinkage, shrink, square_root
@@ -19,14 +18,15 @@ def shifted_target(
 ) -> tuple[Tensor, Root]:
     """Turn a truncation on shifted inputs into a plain one: `components` of the returned weight in the returned metric.
 
-    Asked for is the W' of rank r that minimises mean |R (y - W' x~)|^2, where x~ is the input after the prefix is pruned
-    and y = W (beta x + (1 - beta) x~): beta = 1 wants the dense model's outputs back (AA-SVD, arXiv 2604.02119), beta = 0
-    the layer's own map on its new inputs. With C~ = mean x~ x~^T, D = mean x x~^T and M = W (beta D + (1 - beta) C~) C~^-1,
-    the regression of y on x~, that is |R (M - W') C~^(1/2)|^2 and a constant. Both moments are shrunk towards uncorrelated
-    inputs that did not shift, D and C~ to mean(diag C~) I, which pulls M to W where few tokens say otherwise.
+    Asked for is the W' of rank r that minimises mean |R (y - W' x~)|^2, where x~ is the input after the prefix is
+    pruned and y = W (beta x + (1 - beta) x~): beta = 1 wants the dense model's outputs back (AA-SVD, arXiv
+    2604.02119), beta = 0 the layer's own map on its new inputs (the closed form of Dobi-SVD, arXiv 2502.02723). Let
+    C~ = mean x~ x~^T, D = mean x x~^T, and M = W (beta D + (1 - beta) C~) C~^-1 the regression of y on x~: the loss is
+    |R (M - W') C~^(1/2)|^2 and a constant. Both moments are shrunk towards uncorrelated inputs that did not shift, D
+    and C~ to mean(diag C~) I, which pulls M to W where few tokens say otherwise.
 
-    With a `residual` E = mean d x~^T, y has d added: what the residual stream, to which the output goes, has lost by then
-    is asked of this layer too, as far as its inputs tell (E is added to W times its moments).
+    With a `residual` E = mean d x~^T, y has d added: what the residual stream, to which the output goes, has lost by
+    then is asked of this layer too, as far as its inputs tell it (E is added to W times its moments).
 
     Args:
         weight: W [m, n].

@@ -175,7 +175,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, keep_dense: bo
     with pytest.raises(Kill):
         _factor(broken, ids, METHODS["two-sided"], statistics, cache_dir=tmp_path)
     handle.remove()
-    assert 5 <= len(list(tmp_path.rglob("*.safetensors")))
+    assert len(list(tmp_path.rglob("*.safetensors"))) >= 5
     (next(tmp_path.rglob("*self_attn.o_proj.safetensors"))).write_bytes(b"damaged")
     resumed = llama().eval()
     layers = linears(resumed)

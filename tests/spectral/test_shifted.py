@@ -89,7 +89,8 @@ def test_fewer_tokens_than_features_never_fail(tokens: int, amount: float | None
     gram, cross = _moments(x, shifted)
     target, root = shifted_target(weight, gram.float(), cross.float(), tokens, 1.0, shrinkage=amount)
     found = components(target, Metric(inner=root), 4)
-    assert torch.isfinite(found.left).all() and torch.isfinite(found.right).all()
+    assert torch.isfinite(found.left).all()
+    assert torch.isfinite(found.right).all()
 
 
 @pytest.mark.parametrize("root", [Root(), Root(scale=torch.arange(1.0, 5.0).double()), "cholesky", "eigh"])
