@@ -128,30 +128,8 @@ def prune_(
         choices = allocate(options, config.keep, allocation)
     before = _size(model)
     with clock("factors"), _undo_on_error(model, chosen if restore_on_error else {}):
-        ranks = {name: choice.rank for name, choice in choices.items() if choice.rank}
         dense = dict(chosen) if restore_on_error else chosen
-        if method.shift is not None and statistics is not None and windows is not None:
-            factor_sequentially_(
-                model,
-                dense,
-                ranks,
-                method,
-                statistics,
-                windows,
-                config.layout,
-                cache_dir=where,
-                keep_dense=restore_on_error,
-                progress=progress,
-            )
-        finished = low_rank_layers(model)
-        for name in _bar([name for name in ranks if name not in finished], "factors", progress):
-            module = chosen[name] if restore_on_error else chosen.pop(name)
-            metric = layer_metric(method, statistics, name, dense_weight(module).device)
-            replace_module_(model, name, factored_layer(module, metric, choices[name].rank, config.layout))
-            span = (0, 0) if restore_on_error else page_span(dense_weight(module))
-            del module, metric
-            release_pages(span)
-            release_unused()
+        _factor_(model, config, dense, choices, statistics, windows, where, restore_on_error, progress)
         report = PruneReport(
             layers=tuple(_layer_reports(selection.shapes, choices, skipped, config.layout)),
             settings=_settings(config, allocation),
@@ -162,6 +140,44 @@ def prune_(
         )
         _make_savable(model, config, report)
     return report
+
+
+def _factor_(
+    model: nn.Module,
+    config: EigenpruneConfig,
+    dense: dict[str, nn.Module],
+    choices: Mapping[str, Choice],
+    statistics: Statistics | None,
+    windows: Tensor | None,
+    cache_dir: Path,
+    keep_dense: bool,
+    progress: bool,
+) -> None:
+    """Replace the `dense` layers that have a rank; without `keep_dense`, take them out of the dict one by one."""
+    method = find_method(config.method)
+    ranks = {name: choice.rank for name, choice in choices.items() if choice.rank}
+    if method.shift is not None and statistics is not None and windows is not None:
+        factor_sequentially_(
+            model,
+            dense,
+            ranks,
+            method,
+            statistics,
+            windows,
+            config.layout,
+            cache_dir=cache_dir,
+            keep_dense=keep_dense,
+            progress=progress,
+        )
+    finished = low_rank_layers(model)
+    for name in _bar([name for name in ranks if name not in finished], "factors", progress):
+        module = dense[name] if keep_dense else dense.pop(name)
+        metric = layer_metric(method, statistics, name, dense_weight(module).device)
+        replace_module_(model, name, factored_layer(module, metric, ranks[name], config.layout))
+        span = (0, 0) if keep_dense else page_span(dense_weight(module))
+        del module, metric
+        release_pages(span)
+        release_unused()
 
 
 def factored_layer(module: nn.Module, metric: Metric, rank: int, layout: str) -> LowRankLinear:

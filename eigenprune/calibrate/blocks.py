@@ -51,7 +51,7 @@ class BlockChain:
 
         with _hooked([model.get_submodule(self.names[0]).register_forward_pre_hook(keep)]):
             for ids in windows.split(1):
-                _until_stopped(lambda ids=ids: model(**model_inputs(model, ids)))
+                _until_stopped(model, **model_inputs(model, ids))
         return found
 
     def run(
@@ -76,7 +76,7 @@ class BlockChain:
         ]
         with _hooked(handles):
             for state in hidden:
-                output = _until_stopped(lambda state=state: module(state, *args, **kwargs))
+                output = _until_stopped(module, state, *args, **kwargs)
                 if output is not None:
                     found.append(_hidden_of(output))
         return found
@@ -186,9 +186,9 @@ def _watcher(act: Callable[[Tensor], None], last: bool) -> Callable[..., None]:
     return watch
 
 
-def _until_stopped(run: Callable[[], Any]) -> Any:
+def _until_stopped(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     try:
-        return run()
+        return module(*args, **kwargs)
     except _Stop:
         return None
 
