@@ -207,6 +207,8 @@ def main() -> None:
     """Measure the rows that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
+    parser.add_argument("--allocations", nargs="*", default=list(ALLOCATIONS))
     parser.add_argument("--keep", nargs="*", type=float, default=list(KEEP))
     parser.add_argument("--calibration", nargs="*", default=["wikitext2", "wiki_passages", BUILTIN])
     parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
@@ -234,7 +236,11 @@ def main() -> None:
             keep_row(bench.dense())
         for row in all_rows():
             wanted = (
-                row.method in options.methods and row.keep in options.keep and row.calibration in options.calibration
+                row.method in options.methods
+                and row.layout in options.layouts
+                and row.allocation in options.allocations
+                and row.keep in options.keep
+                and row.calibration in options.calibration
             )
             if wanted and tuple(vars(row).values()) not in done:
                 keep_row(bench.measure(row))
