@@ -8,7 +8,7 @@ from eigenprune.spectral.methods import METHODS, Method, find_method
 from eigenprune.spectral.metric import Metric, layer_metric
 from eigenprune.spectral.pivot import pivot_factors
 from eigenprune.spectral.sequential import factor_sequentially_
-from eigenprune.spectral.shifted import shifted_target
+from eigenprune.spectral.shifted import retained_beta, shifted_target
 from eigenprune.spectral.worth import Options, rank_options
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "layer_of_factors",
     "pivot_factors",
     "rank_options",
+    "retained_beta",
     "shifted_target",
     "spectrum",
 ]

@@ -17,7 +17,8 @@ class Method:
         matrices. shrink_input, shrink_output: fixed shrinkage of the Grams; None follows the token count.
         source: the paper, or where the formula stands.
         shift: beta of `shifted_target`: layers are factored one after another, each on the inputs that the factored
-            ones before it give. None: all are factored on the inputs of the dense model.
+            ones before it give. `retained` chooses it for every layer, see `retained_beta`. None: all are factored on
+            the inputs of the dense model.
         mend_residual: with a `shift`, layers that write to the residual stream also make up for what it has lost.
     """
 
@@ -27,7 +28,7 @@ class Method:
     source: str
     shrink_input: float | None = None
     shrink_output: float | None = None
-    shift: float | None = None
+    shift: float | str | None = None
     mend_residual: bool = False
 
     @property
@@ -53,6 +54,7 @@ METHODS: dict[str, Method] = {
     ),
     "svd-llm": Method("gram", "none", "uniform", "SVD-LLM, arXiv 2403.07378", shrink_input=0.0),
     "aa-svd": Method("gram", "none", "uniform", "AA-SVD, arXiv 2604.02119, without its block refinement", shift=1.0),
+    "saes": Method("gram", "none", "uniform", "SAES-SVD, arXiv 2602.03051, by its formula alone", shift="retained"),
     "dobi-closed": Method("gram", "none", "uniform", "Dobi-SVD, arXiv 2502.02723: its closed form alone", shift=0.0),
     "asvd": Method("abs-mean", "none", "uniform", "ASVD, arXiv 2312.05821, alpha 0.5, without its rank search"),
     "svd": Method("none", "none", "uniform", "plain truncated SVD; data-free, a baseline"),

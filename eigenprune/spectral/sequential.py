@@ -15,7 +15,7 @@ from eigenprune.spectral.decompose import components
 from eigenprune.spectral.factored import layer_of_factors, layer_of_parts
 from eigenprune.spectral.methods import Method
 from eigenprune.spectral.metric import Metric, output_root
-from eigenprune.spectral.shifted import shifted_target
+from eigenprune.spectral.shifted import retained_beta, shifted_target
 
 # Tokens on which the shift of the inputs is measured. On SmolLM2-135M-Instruct, a window of 1024 costs as much here as
 # it does in the statistics that come before.
@@ -89,14 +89,19 @@ def _factored(
     layout: str,
 ) -> LowRankLinear:
     weight = dense_weight(module).detach()
+    shrinkage = method.shrink_input
+    if isinstance(method.shift, float):
+        beta = method.shift
+    else:
+        beta = retained_beta(weight, moments.gram, moments.cross, moments.tokens, rank, shrinkage)
     target, inner = shifted_target(
         weight,
         moments.gram,
         moments.cross,
         moments.tokens,
-        method.shift or 0.0,
+        beta,
         residual=moments.residual if method.mend_residual else None,
-        shrinkage=method.shrink_input,
+        shrinkage=shrinkage,
     )
     metric = Metric(output_root(method, statistics, name, weight.device), inner)
     return layer_of_factors(module, *components(target, metric, rank).truncated(rank), layout)

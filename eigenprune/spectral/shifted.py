@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weight that does best on the inputs which a pruned prefix gives, and the metric of those inputs."""
 
+import math
+
+import torch
 from torch import Tensor
 
 from eigenprune.spectral.metric import INPUT_REFERENCE, Root, default_shrinkage, shrink, square_root
@@ -50,3 +53,46 @@ def shifted_target(
     if residual is not None:
         moved = moved + residual.double()
     return weight + (1 - amount) * root.gram_solve(moved.t()).t(), root
+
+
+def retained_beta(
+    weight: Tensor, gram: Tensor, cross: Tensor, tokens: int, rank: int, shrinkage: float | None = None
+) -> float:
+    """The beta of `shifted_target`, in [0, 1], at which the fixed subspace keeps the largest part of the target.
+
+    With A(beta) = M C~^(1/2) = A0 + beta A1 and U the `rank` leading left singular vectors of A0, this maximises
+    |U^T A(beta)|^2 / |A(beta)|^2, a ratio of two quadratics (SAES-SVD, arXiv 2602.03051, as others describe it).
+    """
+    weight, gram = weight.double(), gram.double()
+    amount = default_shrinkage(tokens, INPUT_REFERENCE) if shrinkage is None else shrinkage
+    root = square_root(shrink(gram, amount))
+    start = root.right_multiply(weight)
+    moved = (1 - amount) * weight @ (cross.double() - gram)
+    step = root.transposed_multiply(root.gram_solve(moved.t())).t()
+    _, vectors = torch.linalg.eigh(start @ start.t())
+    inside = vectors[:, -rank:].t()
+    parts = [_quadratic(inside @ start, inside @ step), _quadratic(start, step)]
+    (a, b, c), (d, e, f) = parts
+    candidates = [0.0, 1.0, *_roots(b * d - a * e, c * d - a * f, c * e - b * f)]
+
+    def kept(beta: float) -> float:
+        whole = d + 2 * e * beta + f * beta**2
+        return (a + 2 * b * beta + c * beta**2) / whole if whole > 0 else 0.0
+
+    return max((beta for beta in candidates if 0 <= beta <= 1), key=kept)
+
+
+def _quadratic(start: Tensor, step: Tensor) -> tuple[float, float, float]:
+    """|start + t step|^2 = p + 2 q t + r t^2."""
+    return float(start.square().sum()), float((start * step).sum()), float(step.square().sum())
+
+
+def _roots(constant: float, linear: float, square: float) -> list[float]:
+    """Real roots of a polynomial of degree at most 2."""
+    if square == 0:
+        return [] if linear == 0 else [-constant / linear]
+    under = linear**2 - 4 * square * constant
+    if under < 0:
+        return []
+    far = -(linear + math.copysign(math.sqrt(under), linear)) / 2  # the one without cancellation
+    return [far / square] + ([] if far == 0 else [constant / far])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenprune.spectral import Metric, components, shifted_target
+from eigenprune.spectral import Metric, components, retained_beta, shifted_target
 from eigenprune.spectral.metric import Root, square_root
 
 TOKENS, M, N = 200, 12, 16
@@ -91,6 +91,24 @@ def test_fewer_tokens_than_features_never_fail(tokens: int, amount: float | None
     found = components(target, Metric(inner=root), 4)
     assert torch.isfinite(found.left).all()
     assert torch.isfinite(found.right).all()
+
+
+@pytest.mark.parametrize("shrinkage", [None, 0.0, 0.3])
+@pytest.mark.parametrize("seed", range(6))
+def test_retained_beta_keeps_the_largest_part_of_all_betas(seed: int, shrinkage: float | None) -> None:
+    weight, x, shifted = _case(seed)
+    if seed % 2:  # targets that turn away from the subspace and back
+        shifted = x - 0.9 * (shifted - x)
+    gram, cross = _moments(x, shifted)
+    best = retained_beta(weight, gram, cross, TOKENS, 5, shrinkage)
+    subspace, kept = None, {}
+    for beta in (0.0, *torch.linspace(0, 1, 201).tolist(), best):
+        target, root = shifted_target(weight, gram, cross, TOKENS, beta, shrinkage=shrinkage)
+        product = root.right_multiply(target)
+        if subspace is None:
+            subspace = torch.linalg.svd(product, full_matrices=False)[0][:, :5]
+        kept[beta] = float((subspace.t() @ product).square().sum() / product.square().sum())
+    assert kept[best] >= max(kept.values()) - 1e3 * EPS
 
 
 @pytest.mark.parametrize("root", [Root(), Root(scale=torch.arange(1.0, 5.0).double()), "cholesky", "eigh"])
