@@ -50,7 +50,9 @@ from eigenprune.spectral import (
     components,
     factor_sequentially_,
     layer_metric,
+    probed_scales,
     rank_options,
+    scaled,
     spectrum,
 )
 
@@ -107,11 +109,19 @@ class Bench:
         options = {
             n: rank_options(tuple(dense_weight(m).shape), spectra[n], row.layout, 8) for n, m in self.layers.items()
         }
+        method = METHODS[row.method]
+        if method.probe:
+            texts = self.calibration_windows(row.calibration)
+            statistics = self._collected(row.calibration)
+            scales = probed_scales(
+                self.model, self.layers, options, method, statistics, texts, cache_dir=default_cache_dir()
+            )
+            options = scaled(options, scales)
         choices = allocate(options, row.keep, row.allocation)
         pruned = copy.deepcopy(self.model)
         began = time.perf_counter()
         ranks = {name: choice.rank for name, choice in choices.items() if choice.rank}
-        if METHODS[row.method].shift is not None:
+        if method.shift is not None:
             self._factor_sequentially(pruned, row, ranks)
         for name, module in self.layers.items():
             if name in ranks and name not in low_rank_layers(pruned):

@@ -43,7 +43,9 @@ from eigenprune.spectral import (
     find_method,
     layer_metric,
     layer_of_factors,
+    probed_scales,
     rank_options,
+    scaled,
     spectrum,
 )
 
@@ -103,7 +105,7 @@ def prune_(
     _check_weights(chosen)
 
     where = cache_dir or default_cache_dir()
-    if method.statistics and (statistics is None or (method.shift is not None and windows is None)):
+    if method.statistics and (statistics is None or (method.needs_windows and windows is None)):
         with clock("texts"):
             calibration = _calibration(model, config, tokenizer, texts, windows, where, progress)
         windows = calibration.windows
@@ -125,7 +127,8 @@ def prune_(
             values = spectrum(weight, layer_metric(method, statistics, name, weight.device))
             options[name] = rank_options(selection.shapes[name], values, config.layout, config.rank_multiple)
             release_unused()
-        choices = allocate(options, config.keep, allocation)
+    losses = _probed(model, chosen, options, config, statistics, windows, where, clock, progress)
+    choices = allocate(losses, config.keep, allocation)
     before = _size(model)
     with clock("factors"), _undo_on_error(model, chosen if restore_on_error else {}):
         dense = dict(chosen) if restore_on_error else chosen
@@ -140,6 +143,28 @@ def prune_(
         )
         _make_savable(model, config, report)
     return report
+
+
+def _probed(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    options: Mapping[str, Options],
+    config: EigenpruneConfig,
+    statistics: Statistics | None,
+    windows: Tensor | None,
+    cache_dir: Path,
+    clock: "_Clock",
+    progress: bool,
+) -> Mapping[str, Options]:
+    """The `options`, with losses scaled by measured ones if the method of `config` wants that."""
+    method = find_method(config.method)
+    if not method.probe or statistics is None or windows is None:
+        return options
+    with clock("probes"):
+        scales = probed_scales(
+            model, layers, options, method, statistics, windows, cache_dir=cache_dir, progress=progress
+        )
+    return scaled(options, scales)
 
 
 def _factor_(

@@ -2,8 +2,9 @@
 """The chain of blocks of a model, run one block at a time over the hidden states of all windows."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,11 +36,13 @@ class BlockChain:
         names: of the blocks, in the order in which they run.
         orders: of each block, its linear layers that run exactly once over all tokens of a window, in that order.
         rest: what each block is called with after the hidden state: (positional, by name), the same for every window.
+        tails: what each block gives back after the hidden state; None where it gives back that alone.
     """
 
     names: tuple[str, ...]
     orders: tuple[tuple[str, ...], ...]
     rest: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = field(repr=False)
+    tails: tuple[tuple[Any, ...] | None, ...] = field(repr=False)
 
     def first_hidden(self, model: nn.Module, windows: Tensor) -> Hidden:
         """What the first block reads, for each of `windows` [windows, window]."""
@@ -53,6 +56,17 @@ class BlockChain:
             for ids in windows.split(1):
                 _until_stopped(model, **model_inputs(model, ids))
         return found
+
+    @contextmanager
+    def ended_with(self, model: nn.Module, hidden: Tensor) -> Iterator[None]:
+        """While inside, `model` skips its blocks and goes on with `hidden` [1, window, width] behind the last."""
+        with ExitStack() as stack:
+            for name, tail in zip(self.names, self.tails, strict=True):
+                block = model.get_submodule(name)
+                own = block.__dict__.get("forward")  # set by accelerate's hooks
+                stack.callback(_put_forward, block, own)
+                block.forward = partial(_skip, hidden if name == self.names[-1] else None, tail)
+            yield
 
     def run(
         self,
@@ -104,7 +118,8 @@ def find_chain(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.Module
         tuple(layer for layer, shape in order if layer in inside[name] and shape == whole and seen.count(layer) == 1)
         for name in names
     ]
-    return BlockChain(tuple(names), tuple(orders), tuple(rest))
+    tails = [output[1:] if isinstance(output, tuple) else None for output in (calls[name][0].output for name in names)]
+    return BlockChain(tuple(names), tuple(orders), tuple(rest), tuple(tails))
 
 
 def _probe(
@@ -168,6 +183,19 @@ def _same(one: Any, other: Any) -> bool:
 
 def _hidden_of(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _skip(hidden: Tensor | None, tail: tuple[Any, ...] | None, state: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+    """The forward of a block that gives back `hidden`, or what it reads."""
+    output = state if hidden is None else hidden
+    return output if tail is None else (output, *tail)
+
+
+def _put_forward(block: nn.Module, own: Any) -> None:
+    if own is None:
+        del block.__dict__["forward"]
+    else:
+        block.forward = own
 
 
 def _recorder(calls: list[_Call]) -> Callable[..., None]:

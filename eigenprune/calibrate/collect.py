@@ -205,14 +205,15 @@ def _check_arguments(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.
 
 
 @contextmanager
-def calibration_mode(model: nn.Module, backward: bool) -> Iterator[torch.dtype | None]:
+def calibration_mode(model: nn.Module, backward: bool, autocast: bool = True) -> Iterator[torch.dtype | None]:
     """Evaluation mode, gradients to activations only, bfloat16 where the machine has it; all restored afterwards.
 
     Yields the dtype of autocast, or None where the model runs as it is.
     """
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    dtype = torch.bfloat16 if _dtype(model) == torch.float32 and has_fast_bfloat16(_device(model)) else None
+    fast = autocast and _dtype(model) == torch.float32 and has_fast_bfloat16(_device(model))
+    dtype = torch.bfloat16 if fast else None
     try:
         with ExitStack() as stack:
             model.eval()

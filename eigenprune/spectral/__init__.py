@@ -7,6 +7,7 @@ from eigenprune.spectral.factored import layer_of_factors
 from eigenprune.spectral.methods import METHODS, Method, find_method
 from eigenprune.spectral.metric import Metric, layer_metric
 from eigenprune.spectral.pivot import pivot_factors
+from eigenprune.spectral.probe_scale import probed_scales, scaled
 from eigenprune.spectral.sequential import factor_sequentially_
 from eigenprune.spectral.shifted import retained_beta, shifted_target
 from eigenprune.spectral.worth import Options, rank_options
@@ -27,8 +28,10 @@ __all__ = [
     "layer_metric",
     "layer_of_factors",
     "pivot_factors",
+    "probed_scales",
     "rank_options",
     "retained_beta",
+    "scaled",
     "shifted_target",
     "spectrum",
 ]
