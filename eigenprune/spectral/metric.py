@@ -59,11 +59,14 @@ class Root:
 
     def gram_solve(self, vectors: Tensor) -> Tensor:
         """The inverse of root @ root.T, the statistic itself, @ vectors [n, r]."""
+        solved: Tensor = vectors
         if self.matrix is not None and self.lower:
-            return torch.cholesky_solve(vectors, self.matrix)
-        if self.matrix is not None:
-            return torch.linalg.solve(self.matrix.t(), torch.linalg.solve(self.matrix, vectors))
-        return vectors if self.scale is None else vectors / self.scale.square().unsqueeze(1)
+            solved = torch.cholesky_solve(vectors, self.matrix)
+        elif self.matrix is not None:
+            solved = torch.linalg.solve(self.matrix.t(), torch.linalg.solve(self.matrix, vectors))
+        elif self.scale is not None:
+            solved = vectors / self.scale.square().unsqueeze(1)
+        return solved
 
 
 def square_root(gram: Tensor) -> Root:
