@@ -23,8 +23,6 @@ import argparse
 import copy
 import json
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,24 +36,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eigenprune.calibrate import (
     BUILTIN,
-    Statistics,
     builtin_texts,
-    collect_statistics,
     cut_windows,
     default_cache_dir,
     read_texts,
     token_ids,
 )
 from eigenprune.evaluate import perplexity, spaced_windows
-from eigenprune.layers import dense_weight, replace_module_, select_layers
+from eigenprune.layers import select_layers
 from eigenprune.spectral import (
     ALLOCATIONS,
-    GRADIENTS,
     METHODS,
-    Decomposed,
-    gather_evidence,
-    rank_options,
-    solve_allocation,
 )
 
 KEEP = (0.9, 0.8, 0.6)
@@ -114,7 +105,7 @@ class Bench:
         self.layers = select_layers(self.model).chosen
         text = read_texts([shared / "data/wikitext2/test_raw.txt.gz"])[0]
         self.windows = spaced_windows(torch.tensor(token_ids(self.tokenizer, text)), WINDOW, evaluation_windows)
-        self._decomposed: tuple[tuple[str, str], Decomposed, tempfile.TemporaryDirectory[str]] | None = None
+        self._group: tuple[str, str] | None = None
 
     def dense(self) -> dict[str, Any]:
         """Perplexity of the dense model."""
@@ -122,65 +113,33 @@ class Bench:
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Prune as `row` says, and measure."""
-        decomposed = self._decompose(row.calibration, row.method)
-        options = {
-            name: rank_options(tuple(dense_weight(m).shape), decomposed.spectrum(name, m), row.layout, 8)
-            for name, m in self.layers.items()
-        }
-        began = time.perf_counter()
-        need = ALLOCATIONS[row.allocation].needs
-        evidence = gather_evidence(
-            need,
-            self.model,
-            self.layers,
-            options,
-            decomposed,
-            layout=row.layout,
-            gradients=self.collected(row.calibration, (GRADIENTS[need],), None) if need in GRADIENTS else None,
-            windows=self.calibration_windows(row.calibration) if need else None,
-            cache_dir=default_cache_dir(),
+        if self._group != (row.calibration, row.method):
+            self._forget_components()
+            self._group = row.calibration, row.method
+        config = EigenpruneConfig(
+            keep=row.keep, method=row.method, layout=row.layout, allocation=row.allocation, rank_multiple=8
         )
-        evidence_seconds, began = time.perf_counter() - began, time.perf_counter()
-        found = solve_allocation(options, row.keep, row.allocation, evidence)
-        allocation_seconds, began = time.perf_counter() - began, time.perf_counter()
         pruned = copy.deepcopy(self.model)
-        for name, module in self.layers.items():
-            if rank := found.choices[name].rank:
-                replace_module_(pruned, name, decomposed.layer(name, module, rank, row.layout))
-        dense = sum(dense_weight(module).numel() for module in self.layers.values())
+        report = prune_(
+            pruned,
+            config,
+            tokenizer=self.tokenizer,
+            windows=self.calibration_windows(row.calibration),
+            cache_dir=default_cache_dir(),
+            progress=False,
+        )
         facts = {
-            "kept": sum(choice.cost for choice in found.choices.values()) / dense,
-            "estimated_loss": found.loss,
-            "allocation_gap": found.gap,
-            "evidence_seconds": evidence_seconds,
-            "allocation_seconds": allocation_seconds,
-            "factor_seconds": time.perf_counter() - began,
+            "kept": report.keep,
+            "estimated_loss": sum(layer.loss for layer in report.layers if layer.loss is not None),
+            "allocation_gap": report.settings.get("allocation_gap"),
+            "seconds_of": report.seconds,
         }
         return {**vars(row), **self.counts, **facts, **perplexity(pruned, self.windows).to_dict()}
 
-    def _decompose(self, calibration: str, method: str) -> Decomposed:
-        if self._decomposed is None or self._decomposed[0] != (calibration, method):
-            if self._decomposed is not None:
-                self._decomposed[2].cleanup()
-            row = METHODS[method]
-            statistics = self.collected(calibration, row.statistics, row.objective) if row.statistics else None
-            folder = tempfile.TemporaryDirectory()
-            self._decomposed = (calibration, method), Decomposed(row, statistics, 0, Path(folder.name)), folder
-        return self._decomposed[1]
-
-    def collected(self, calibration: str, kinds: tuple[str, ...], objective: str | None) -> Statistics:
-        """The statistics of the text of that name."""
-        if set(kinds) <= {"input_gram", "output_gram"}:
-            kinds = ("input_gram", "output_gram")  # one measurement for most methods
-        return collect_statistics(
-            self.model,
-            self.calibration_windows(calibration),
-            self.layers,
-            kinds=kinds,
-            cache_dir=default_cache_dir(),
-            source=calibration,
-            objective=objective,
-        )
+    def _forget_components(self) -> None:
+        """Those of a method take twice the bytes of its layers."""
+        for folder in default_cache_dir().glob("components-*"):
+            shutil.rmtree(folder)
 
     def calibration_windows(self, calibration: str) -> Tensor:
         """[windows, 1024] token ids of the text of that name."""

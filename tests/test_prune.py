@@ -353,3 +353,52 @@ def test_same_input_gives_bit_equal_models() -> None:
         _prune(model)
         states.append(state_hashes(model))
     assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("method", ["kfac-seq", "best"])
+def test_sequential_method_factors_for_the_pruned_prefix_and_saves_as_any_other(method: str, tmp_path: Path) -> None:
+    plain, sequential = tiny_model("llama"), tiny_model("llama")
+    report = _prune(plain, method="kfac")
+    other = prune_(
+        sequential,
+        EigenpruneConfig(keep=0.6, method=method),
+        windows=token_windows(),
+        cache_dir=tmp_path,
+        progress=False,
+    )
+    ranks = [(layer.name, layer.rank) for layer in other.layers]
+    assert (ranks == [(layer.name, layer.rank) for layer in report.layers]) == (method == "kfac-seq")
+    assert not list(tmp_path.rglob("factors-*"))
+    different = [
+        name
+        for name, layer in low_rank_layers(sequential).items()
+        if not torch.equal(layer.weight, low_rank_layers(plain)[name].weight)
+    ]
+    assert len(different) > len(low_rank_layers(plain)) // 2
+    sequential.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(sequential))
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_interrupted_sequential_run_gives_the_dense_layers_back(tmp_path: Path, restore: bool) -> None:
+    model = tiny_model("llama")
+    before = _picture(model)
+
+    def stop(_module: nn.Module, _args: tuple[Tensor, ...]) -> None:
+        if len(low_rank_layers(model)) >= 4:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        prune_(
+            model,
+            EigenpruneConfig(keep=0.6, method="kfac-seq"),
+            windows=token_windows(),
+            cache_dir=tmp_path,
+            restore_on_error=restore,
+            progress=False,
+        )
+    handle.remove()
+    assert list(tmp_path.rglob("factors-*/*.safetensors"))
+    assert (_picture(model) == before) == restore

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts to token windows to streamed statistics."""
 
-from eigenprune.calibrate.cache import default_cache_dir
-from eigenprune.calibrate.collect import collect_statistics
+from eigenprune.calibrate.blocks import BlockChain, find_chain
+from eigenprune.calibrate.cache import cache_key, default_cache_dir, save_tensors, windows_hash
+from eigenprune.calibrate.collect import calibration_mode, collect_statistics
 from eigenprune.calibrate.entry_statistics import EntryStatistics, collect_entry_statistics
+from eigenprune.calibrate.objective import model_inputs
 from eigenprune.calibrate.passage_gradients import PassageGradients, partner_rows, passage_gradients
 from eigenprune.calibrate.passages import Passage, PassageBatch, batch_losses, collate, passage_batches, passage_losses
 from eigenprune.calibrate.prior import PRIOR, blended, prior_windows
 from eigenprune.calibrate.sampled import SAMPLED, Sampling, can_sample, sample_windows
+from eigenprune.calibrate.sequential import ShiftedMoments, sequential_moments
 from eigenprune.calibrate.source import SOURCES, Calibration, calibration_windows
 from eigenprune.calibrate.statistics import Statistics
 from eigenprune.calibrate.texts import BUILTIN, builtin_texts, read_texts, row_texts
@@ -19,16 +22,20 @@ __all__ = [
     "SAMPLED",
     "SEPARATOR",
     "SOURCES",
+    "BlockChain",
     "Calibration",
     "EntryStatistics",
     "Passage",
     "PassageBatch",
     "PassageGradients",
     "Sampling",
+    "ShiftedMoments",
     "Statistics",
     "batch_losses",
     "blended",
     "builtin_texts",
+    "cache_key",
+    "calibration_mode",
     "calibration_windows",
     "can_sample",
     "collate",
@@ -36,6 +43,8 @@ __all__ = [
     "collect_statistics",
     "cut_windows",
     "default_cache_dir",
+    "find_chain",
+    "model_inputs",
     "partner_rows",
     "passage_batches",
     "passage_gradients",
@@ -44,5 +53,8 @@ __all__ = [
     "read_texts",
     "row_texts",
     "sample_windows",
+    "save_tensors",
+    "sequential_moments",
     "token_ids",
+    "windows_hash",
 ]

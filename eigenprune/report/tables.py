@@ -46,7 +46,7 @@ def summary_table(report: PruneReport) -> Table:
     if report.calibration:
         facts = report.calibration
         table.add_row("calibration", f"{facts['source']}: {facts['windows']} windows of {facts['window']} tokens")
-    if report.settings.get("method") == "kfac":
+    if report.settings.get("method") in ("kfac", "kfac-seq", "kfac-probe", "best"):
         table.add_row("estimated loss", f"+{report.loss:.3f} nats per token")
     table.add_row("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items()))
     return table

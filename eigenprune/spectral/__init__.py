@@ -27,6 +27,9 @@ from eigenprune.spectral.pieces import (
     without_pieces,
 )
 from eigenprune.spectral.pivot import pivot_factors
+from eigenprune.spectral.probe_scale import probed_scales, scaled
+from eigenprune.spectral.sequential import factor_sequentially_
+from eigenprune.spectral.shifted import retained_beta, shifted_target
 from eigenprune.spectral.slices import KINDS, VIEWS, LayerView, Slice, check_kinds, is_rotary, layer_view, layer_views
 from eigenprune.spectral.worth import BUDGETS, Cost, Options, layer_cost, parameter_cost, rank_options
 
@@ -57,6 +60,7 @@ __all__ = [
     "check_kinds",
     "component_bytes",
     "components",
+    "factor_sequentially_",
     "find_method",
     "first_order_changes",
     "gather_evidence",
@@ -71,8 +75,12 @@ __all__ = [
     "ordered_spectrum",
     "parameter_cost",
     "pivot_factors",
+    "probed_scales",
     "rank_options",
     "removed_output",
+    "retained_beta",
+    "scaled",
+    "shifted_target",
     "slice_parts",
     "slice_pieces",
     "solve_allocation",

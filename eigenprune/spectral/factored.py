@@ -12,13 +12,18 @@ def layer_of_factors(module: nn.Module, left: Tensor, right: Tensor, layout: str
 
     Dtype, gradient flag and bias, the same object, are those of the dense `module`.
     """
-    weight = dense_weight(module).detach()
     pivots = None
     if layout == "pivot":
         left, right, pivots = pivot_factors(left, right)
+    return layer_of_parts(module, left, right, pivots)
+
+
+def layer_of_parts(module: nn.Module, left: Tensor, right: Tensor, pivots: Tensor | None) -> LowRankLinear:
+    """As `layer_of_factors`, of what `LowRankLinear.from_factors` takes."""
+    dtype = dense_weight(module).dtype
     new = LowRankLinear.from_factors(
-        left.to(weight.dtype),
-        right.to(weight.dtype),
+        left.to(dtype),
+        right.to(dtype),
         pivots=pivots,
         bias=module.bias,  # type: ignore[arg-type]
         conv1d=is_conv1d(module),

@@ -22,6 +22,11 @@ class Method:
         objective: what the gradients of the output Gram are of, see `collect_statistics`; None: the model's own loss.
         removal: where components are first removed for a task, how those that stand in its way are told: a row of
             `WORTHS`. None: nothing is removed.
+        shift: beta of `shifted_target`: layers are factored one after another, each on the inputs that the factored
+            ones before it give. `retained` chooses it for every layer, see `retained_beta`. None: all are factored on
+            the inputs of the dense model.
+        mend_residual: with a `shift`, layers that write to the residual stream also make up for what it has lost.
+        probe: whether the estimated losses are scaled by what the model itself says, see `probed_scales`.
     """
 
     input_metric: str
@@ -33,6 +38,9 @@ class Method:
     worth: str = "energy"
     objective: str | None = None
     removal: str | None = None
+    shift: float | str | None = None
+    mend_residual: bool = False
+    probe: bool = False
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -48,12 +56,37 @@ class Method:
             wanted.append("component_importance")
         return tuple(wanted)
 
+    @property
+    def needs_windows(self) -> bool:
+        """Whether the model is run on the calibration text once more, after the statistics."""
+        return self.shift is not None or self.probe
+
 
 # How the components that stand in a task's way are told; see `eigenprune.removal`.
 WORTHS = ("exact", "paper", "compat", "random", "smallest-sigma", "laser")
 
 METHODS: dict[str, Method] = {
     "kfac": Method("gram", "gram", "global", "the metric of KFAC-SVD (LEMS, 2026), with one global choice of ranks"),
+    "kfac-seq": Method(
+        "gram",
+        "gram",
+        "global",
+        "kfac, factored block by block as AA-SVD (arXiv 2604.02119) does, and mending the residual stream",
+        shift=1.0,
+        mend_residual=True,
+    ),
+    "kfac-probe": Method(
+        "gram", "gram", "global", "kfac, its losses scaled by measured ones, an idea of LEMS (2026)", probe=True
+    ),
+    "best": Method(
+        "gram",
+        "gram",
+        "global",
+        "kfac-probe and kfac-seq together: two to three times the time of kfac",
+        shift=1.0,
+        mend_residual=True,
+        probe=True,
+    ),
     "io": Method(
         "gram",
         "gram",
@@ -73,6 +106,9 @@ METHODS: dict[str, Method] = {
         "LoRAPrune, arXiv 2305.18403: importance from the gradients of a LoRA, here of components",
         worth="importance",
     ),
+    "aa-svd": Method("gram", "none", "uniform", "AA-SVD, arXiv 2604.02119, without its block refinement", shift=1.0),
+    "saes": Method("gram", "none", "uniform", "SAES-SVD, arXiv 2602.03051, by its formula alone", shift="retained"),
+    "dobi-closed": Method("gram", "none", "uniform", "Dobi-SVD, arXiv 2502.02723: its closed form alone", shift=0.0),
     "asvd": Method("abs-mean", "none", "uniform", "ASVD, arXiv 2312.05821, alpha 0.5, without its rank search"),
     "svd": Method("none", "none", "uniform", "plain truncated SVD; data-free, a baseline"),
     "random": Method("none", "none", "uniform", "singular components chosen at random; a baseline", worth="random"),

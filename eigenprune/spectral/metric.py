@@ -57,6 +57,17 @@ class Root:
             solved = vectors / self.scale.unsqueeze(1)
         return solved
 
+    def gram_solve(self, vectors: Tensor) -> Tensor:
+        """The inverse of root @ root.T, the statistic itself, @ vectors [n, r]."""
+        solved: Tensor = vectors
+        if self.matrix is not None and self.lower:
+            solved = torch.cholesky_solve(vectors, self.matrix)
+        elif self.matrix is not None:
+            solved = torch.linalg.solve(self.matrix.t(), torch.linalg.solve(self.matrix, vectors))
+        elif self.scale is not None:
+            solved = vectors / self.scale.square().unsqueeze(1)
+        return solved
+
 
 def square_root(gram: Tensor) -> Root:
     """A root of the symmetric positive semi-definite `gram` [n, n]; never fails on a finite one, however singular."""
@@ -110,7 +121,7 @@ def layer_metric(
         if method.statistics:
             raise ConfigError("this method needs calibration statistics: pass texts")
         return Metric()
-    return Metric(_output_root(method, statistics, layer, device), _input_root(method, statistics, layer, device))
+    return Metric(output_root(method, statistics, layer, device), _input_root(method, statistics, layer, device))
 
 
 def _input_root(method: Method, statistics: Statistics, layer: str, device: torch.device | str) -> Root:
@@ -128,7 +139,8 @@ def _input_root(method: Method, statistics: Statistics, layer: str, device: torc
     return square_root(shrink(gram, amount))
 
 
-def _output_root(method: Method, statistics: Statistics, layer: str, device: torch.device | str) -> Root:
+def output_root(method: Method, statistics: Statistics, layer: str, device: torch.device | str) -> Root:
+    """The output side of `layer_metric`."""
     if method.output_metric == "none":
         return Root()
     gram = statistics.output_gram(layer).to(device)

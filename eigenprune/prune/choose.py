@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From statistics to a rank for every layer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from eigenprune.calibrate.cache import cache_key
+from eigenprune.evaluate import layer_times
+from eigenprune.layers import dense_weight
+from eigenprune.memory import release_unused
+from eigenprune.prune.measure import Measured
+from eigenprune.prune.run import Run
+from eigenprune.spectral import (
+    ALLOCATIONS,
+    MOST_BYTES,
+    Allocation,
+    Cost,
+    Decomposed,
+    Options,
+    component_bytes,
+    gather_evidence,
+    layer_cost,
+    probed_scales,
+    rank_options,
+    scaled,
+    solve_allocation,
+)
+
+
+def decompose(run: Run, layers: Mapping[str, nn.Module], measured: Measured) -> Decomposed:
+    """The components of all layers, kept on disk for the next budget where they have a name there."""
+    folder = None
+    if measured.own and measured.statistics is not None and component_bytes(layers) <= MOST_BYTES:
+        facts = measured.statistics.facts
+        settings = [repr(run.method), str(run.config.seed), str(run.config.prior), *map(str, vars(facts).values())]
+        folder = run.cache_dir / f"components-{cache_key(run.model, facts.texts_hash, settings)}"
+    return Decomposed(run.method, measured.statistics, run.config.seed, folder)
+
+
+def choose_ranks(run: Run, layers: Mapping[str, nn.Module], decomposed: Decomposed, measured: Measured) -> Allocation:
+    """The ranks, after measuring what it takes to choose them.
+
+    Raises:
+        BudgetError: `keep` is below what the smallest ranks take.
+    """
+    with run.clock("spectra"):
+        options = _options(run, layers, decomposed)
+    if run.method.probe and measured.statistics is not None and measured.windows is not None:
+        with run.clock("probes"):
+            scales = probed_scales(
+                run.model,
+                layers,
+                options,
+                run.method,
+                measured.statistics,
+                measured.windows,
+                cache_dir=run.cache_dir,
+                progress=run.progress,
+            )
+        options = scaled(options, scales)
+    with run.clock("allocation"):
+        evidence = gather_evidence(
+            ALLOCATIONS[run.allocation].needs,
+            run.model,
+            layers,
+            options,
+            decomposed,
+            layout=run.config.layout,
+            gradients=measured.gradients,
+            windows=measured.windows,
+            cache_dir=run.cache_dir,
+            progress=run.progress,
+        )
+        return solve_allocation(options, run.config.keep, run.allocation, evidence)
+
+
+def _options(run: Run, layers: Mapping[str, nn.Module], decomposed: Decomposed) -> dict[str, Options]:
+    """What every rank of every layer costs, in the unit of the budget, and loses."""
+    options: dict[str, Options] = {}
+    for name in run.bar(layers, "spectra"):
+        found = decomposed.spectrum(name, layers[name])
+        weight = dense_weight(layers[name])
+        shape = (weight.shape[0], weight.shape[1])
+        options[name] = rank_options(
+            shape,
+            found,
+            run.config.layout,
+            run.config.rank_multiple,
+            cost=_cost(run, shape, weight, run.cache_dir),
+            min_keep=run.config.min_keep,
+        )
+        release_unused()
+    return options
+
+
+def _cost(run: Run, shape: tuple[int, int], weight: Tensor, where: Path) -> Cost:
+    if run.config.budget == "latency":
+        return layer_times(shape, run.config.layout, dtype=weight.dtype, device=weight.device, cache_dir=where).cost
+    return layer_cost(run.config.budget, shape, run.config.layout, weight.element_size())

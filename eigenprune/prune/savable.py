@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Give a pruned model what it needs to save itself, and say what it is."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from eigenprune.calibrate import SOURCES
+from eigenprune.config import EigenpruneConfig
+from eigenprune.layers import Selection, factored_parameters, low_rank_layers
+from eigenprune.report import LayerReport, PruneReport, base_facts, versions
+from eigenprune.spectral import Choice
+
+SETTINGS = ("keep", "budget", "min_keep", "prior", "method", "layout", "rank_multiple", "seed")
+
+
+def settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:
+    """Of a report."""
+    return {name: getattr(config, name) for name in SETTINGS} | {"allocation": allocation, "skip": list(config.skip)}
+
+
+def layer_reports(selection: Selection, choices: Mapping[str, Choice], layout: str) -> Iterator[LayerReport]:
+    """One for every linear layer of the model."""
+    for name, shape in selection.shapes.items():
+        choice = choices.get(name)
+        if choice is None:
+            yield LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], None, selection.skipped[name])
+        elif choice.rank == 0:
+            yield LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], choice.loss, "worth all its cost")
+        else:
+            parameters = factored_parameters(choice.rank, *shape, layout)
+            yield LayerReport(name, shape, layout, choice.rank, parameters, choice.loss)
+
+
+def make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneReport, biases: Sequence[str] = ()) -> None:
+    """Give a transformers model the quantizer that saves it, found through transformers' own table."""
+    from transformers import PreTrainedModel
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    modules = {name: [module.layout, module.rank] for name, module in low_rank_layers(model).items()}
+    provenance = base_facts(model) | {"calibration": report.calibration, "keep": report.keep, "versions": versions()}
+    names = [Path(text).name for text in config.texts or ()]
+    if names and report.calibration.get("source") == ", ".join(names):  # and not texts or windows of the caller
+        provenance["texts"] = names
+    source = report.calibration.get("source")
+    saved = replace(
+        config,
+        texts=None,
+        calibration=source if source in SOURCES else None,
+        modules=modules,
+        biases=biases,
+        provenance=provenance,
+        allocation=report.settings["allocation"],
+    )
+    quantizer = AutoHfQuantizer.from_config(saved, pre_quantized=True)
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+
+
+def model_size(model: nn.Module) -> tuple[int, int]:
+    """(parameters, bytes of parameters and saved buffers), shared ones once."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return parameters, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
