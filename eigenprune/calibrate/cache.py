@@ -107,12 +107,12 @@ class PassFile:
         if time.monotonic() - self._saved_at < SECONDS_BETWEEN_SAVES:
             return
         progress = json.dumps({"windows": windows, "counts": accumulator.counts})
-        _save(accumulator.tensors(), self.partial, {"progress": progress})
+        save_tensors(accumulator.tensors(), self.partial, {"progress": progress})
         self._saved_at = time.monotonic()
 
     def finish(self, means: Mapping[str, Tensor]) -> None:
         """Save the means and drop the half-finished sums."""
-        _save(means, self.finished, None)
+        save_tensors(means, self.finished, None)
         self.partial.unlink(missing_ok=True)
 
 
@@ -141,10 +141,10 @@ class SampleFile:
     def save(self, done: Sequence[Tensor]) -> None:
         """Save all finished batches."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        _save({"tokens": torch.cat(list(done)).int()}, self._path, None)
+        save_tensors({"tokens": torch.cat(list(done)).int()}, self._path, None)
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
     """Write beside `path`, then rename over it, so that a killed run leaves the whole old file or the whole new one."""
     staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
