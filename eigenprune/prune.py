@@ -31,6 +31,7 @@ from eigenprune.layers import (
     select_layers,
 )
 from eigenprune.memory import page_span, release_pages, release_unused
+from eigenprune.recover import RecoveryAfterPruning
 from eigenprune.report import LayerReport, PruneReport, base_facts, versions
 from eigenprune.spectral import (
     Choice,
@@ -62,6 +63,8 @@ def prune_(
     windows: Tensor | None = None,
     statistics: Statistics | None = None,
     cache_dir: Path | None = None,
+    recover: str | None = None,
+    recover_minutes: float | None = None,
     restore_on_error: bool = True,
     progress: bool = True,
 ) -> PruneReport:
@@ -82,6 +85,9 @@ def prune_(
         windows: [windows, window] int64 token ids, instead of texts.
         statistics: what `collect_statistics` measured on this model, instead of measuring.
         cache_dir: where statistics are kept; None takes `$EIGENPRUNE_CACHE` or the user's cache folder.
+        recover: then get loss back on the calibration windows, by `distil`, `block`, `closed` or `perp`: see
+            `recover_`, also for the memory. Goes on from `cache_dir` after an interrupt. None does not.
+        recover_minutes: bound on the training of `distil` and `perp`; then the weights depend on the machine's speed.
         restore_on_error: put the dense layers back if factoring fails or is interrupted.
         progress: show bars on standard error.
 
@@ -93,7 +99,10 @@ def prune_(
     """
     method = find_method(config.method)
     allocation = config.allocation or method.allocation
-    clock = _Clock()
+    clock, where = _Clock(), cache_dir or default_cache_dir()
+    recovery = None
+    if recover is not None:
+        recovery = RecoveryAfterPruning(recover, recover_minutes, seed=config.seed, folder=where, progress=progress)
     if low_rank_layers(model):
         raise ConfigError("the model is pruned already; prune the dense model, or turn this one back with to_dense_")
     selection = select_layers(model, config.skip)
@@ -101,10 +110,14 @@ def prune_(
     _require_layers(chosen, skipped)
     _check_weights(chosen)
 
-    if method.statistics and statistics is None:
-        where = cache_dir or default_cache_dir()
+    measured = bool(method.statistics) and statistics is None
+    if measured or recovery is not None:
         with clock("texts"):
             calibration = _calibration(model, config, tokenizer, texts, windows, where, progress)
+    if recovery is not None:
+        with clock("dense model"):
+            recovery.remember(model, calibration.windows)
+    if measured:
         with clock("statistics"):
             statistics = _measured(model, config, chosen, calibration, where, progress)
     if method.statistics and statistics is not None:
@@ -142,6 +155,9 @@ def prune_(
             seconds=clock.seconds,
         )
         _make_savable(model, config, report)
+        if recovery is not None:
+            with clock("recovery"):
+                report = replace(report, recovery=recovery.run(model).to_dict())
     return report
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training towards and with factored layers, and getting back what pruning lost."""
 
+from eigenprune.recover.after_pruning import RecoveryAfterPruning
 from eigenprune.recover.rank_pruning import RankTarget
 from eigenprune.recover.recovery import RECOVERIES, RecoveryReport, find_recovery, recover_
 from eigenprune.recover.retruncate import retruncate_
@@ -12,6 +13,7 @@ __all__ = [
     "RECOVERIES",
     "Course",
     "RankTarget",
+    "RecoveryAfterPruning",
     "RecoveryReport",
     "Targets",
     "TrainedRankPruning",

@@ -4,8 +4,7 @@
 The update of SVD-LLM (arXiv 2403.07378), towards the outputs in the dense model (AA-SVD; DESIGN 5.1).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,23 +21,21 @@ RIDGE = 1e-3  # of the mean square of an inner activation
 def refit_block_(pair: BlockPair, dense_inputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     """Refit every factored layer of the pruned block, in place, by sums over the tokens of all windows.
 
-    A layer that does not see the same tokens in both models (an expert of a mixture) is left alone.
+    Layers that read one input are refitted together, and the next ones on the inputs that these then give them: else
+    each would make up for errors that are no longer made. A layer that does not run once for each token in both models
+    (an expert of a mixture) is left alone.
     """
     layers = low_rank_layers(pair.pruned)
-    sums = {name: _Sums(layer) for name, layer in layers.items()}
-    for ours, theirs in zip(inputs, dense_inputs, strict=True):
-        wanted: dict[str, Tensor] = {}
-        given: dict[str, Tensor] = {}
-        with _outputs(pair.dense, layers, wanted):
-            pair.run(pair.dense, theirs)
-        with _inputs(layers, given):
-            pair.run(pair.pruned, ours)
+    for names in _groups(pair, layers, inputs[0]):
+        sums = {name: _Sums(layers[name]) for name in names}
+        for ours, theirs in zip(inputs, dense_inputs, strict=True):
+            wanted = _seen(pair, pair.dense, theirs, names, outputs=True)
+            given = _seen(pair, pair.pruned, ours, names[:1], outputs=False)
+            for name, total in sums.items():
+                total.add_(given[names[0]], wanted[name])
         for name, total in sums.items():
-            if name in given and name in wanted:
-                total.add_(given[name], wanted[name])
-    for name, layer in layers.items():
-        if sums[name].usable:
-            set_left_(layer, refitted(sums[name].gram, sums[name].cross, full_left(layer)))
+            if total.usable:
+                set_left_(layers[name], refitted(total.gram, total.cross, full_left(layers[name])))
 
 
 def refitted(gram: Tensor, cross: Tensor, left: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -101,31 +98,58 @@ class _Sums:
         self.usable = True
 
 
-@contextmanager
-def _outputs(block: nn.Module, names: Iterable[str], found: dict[str, Tensor]) -> Iterator[None]:
-    """While inside, `found` gets the output of each module of those names in `block`."""
+class _Enough(Exception):
+    pass
+
+
+def _groups(pair: BlockPair, layers: Mapping[str, LowRankLinear], hidden: Tensor) -> list[list[str]]:
+    """The layers of the pruned block in the order in which they run, those that read the same tensor together.
+
+    Left out are those that do not run exactly once.
+    """
+    calls: list[tuple[str, Tensor]] = []  # the tensors are held, so that no address is used twice
 
     def note(name: str) -> Any:
-        return lambda _module, _args, output: found.__setitem__(name, output)
-
-    handles = [block.get_submodule(name).register_forward_hook(note(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _inputs(layers: Mapping[str, LowRankLinear], found: dict[str, Tensor]) -> Iterator[None]:
-    """While inside, `found` gets the input of each of these layers."""
-
-    def note(name: str) -> Any:
-        return lambda _module, args: found.__setitem__(name, args[0])
+        return lambda _module, args: calls.append((name, args[0]))
 
     handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
     try:
-        yield
+        pair.run(pair.pruned, hidden)
     finally:
         for handle in handles:
             handle.remove()
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    names = [name for name, _ in calls]
+    for name, x in calls:
+        if names.count(name) == 1:
+            groups.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(name)
+    return list(groups.values())
+
+
+def _seen(
+    pair: BlockPair, block: nn.Module, hidden: Tensor, names: Sequence[str], *, outputs: bool
+) -> dict[str, Tensor]:
+    """What goes into, or comes out of, the modules of those names when `block` runs, which it does no further."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
+            found[name] = output[0] if outputs else args[0]
+            if len(found) == len(names):
+                raise _Enough
+
+        return hook
+
+    modules = [block.get_submodule(name) for name in names]
+    handles = [
+        module.register_forward_hook(note(name)) if outputs else module.register_forward_pre_hook(note(name))
+        for name, module in zip(names, modules, strict=True)
+    ]
+    try:
+        pair.run(block, hidden)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -49,7 +49,7 @@ def adopt_(model: nn.Module, trained: nn.Module) -> None:
             own[name].copy_(parameter)
     for name, layer in low_rank_layers(trained).items():
         if layer.layout == "pivot":
-            model.get_submodule(name).pivots.copy_(layer.pivots)  # type: ignore[operator, union-attr]
+            model.get_submodule(name).pivots.copy_(layer.pivots)  # type: ignore[operator]
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ class PruneReport:
         model_parameters: of the whole model (before, after).
         model_bytes: of all parameters and saved buffers (before, after).
         seconds: {stage: seconds}.
+        recovery: what `recover_` reports, where it was asked for; empty otherwise.
     """
 
     layers: tuple[LayerReport, ...]
@@ -52,6 +53,7 @@ class PruneReport:
     model_parameters: tuple[int, int]
     model_bytes: tuple[int, int]
     seconds: dict[str, float] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
 
     @property
     def chosen(self) -> tuple[LayerReport, ...]:

@@ -17,6 +17,8 @@ from eigenprune import EigenpruneConfig, collect_statistics, prune_, save_model
 from eigenprune.errors import CalibrationError, ConfigError, WeightError
 from eigenprune.layers import low_rank_layers, select_layers
 from eigenprune.recover import Course, RecoveryReport, blockwise, recover_, teacher_targets, training
+from eigenprune.recover.closed import full_left, refitted, set_left_
+from eigenprune.spectral import layer_of_factors
 from tests.helpers.adapters import pruned_model
 from tests.helpers.compare import state_hashes
 from tests.helpers.tiny_models import logits, tiny_model, token_windows
@@ -62,10 +64,9 @@ def test_each_method_lowers_the_divergence_on_windows_it_does_not_learn_from(met
     assert report.tokens == passes * (len(WINDOWS) - len(HELD_OUT)) * WINDOWS.shape[1]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-@pytest.mark.parametrize("layout", ["pair", "pivot"])
+@pytest.mark.parametrize(("kind", "layout"), [("gpt2", "pair"), ("qwen2", "pivot")])
 @pytest.mark.parametrize("method", ["distil", "closed"])
-def test_other_architectures_and_layouts(method: str, layout: str, kind: str) -> None:
+def test_other_architectures_and_layouts(method: str, kind: str, layout: str) -> None:
     model = pruned_model(kind, layout)
     report = recover_(model, tiny_model(kind), MANY, method=method, course=COURSES[method], progress=False)
     assert report.after < report.before
@@ -76,6 +77,36 @@ def test_encoder_goes_through_its_blocks(method: str) -> None:
     model = pruned_model("bert")
     report = recover_(model, tiny_model("bert"), MANY, method=method, course=COURSES[method], progress=False)
     assert report.after < report.before
+
+
+@pytest.mark.parametrize("layout", ["pair", "pivot"])
+def test_closed_form_is_the_least_squares_written_out(layout: str) -> None:
+    torch.manual_seed(0)
+    # As many tokens as there are inner activations but two: the least squares alone has no single answer.
+    inner, outer = torch.randn(10, 12, dtype=torch.float64), torch.randn(10, 20, dtype=torch.float64)
+    left, ridge = torch.randn(20, 12, dtype=torch.float64), 1e-3
+    found = refitted(inner.t() @ inner, outer.t() @ inner, left, ridge)
+    # The ridge as rows of the problem: sqrt(lambda) L = sqrt(lambda) left.
+    root = (ridge * inner.square().sum(0).mean()).sqrt()
+    rows = torch.cat([inner, root * torch.eye(12, dtype=torch.float64)])
+    wanted = torch.linalg.lstsq(rows, torch.cat([outer, root * left.t()])).solution.t()
+    # The normal equations square the condition of `rows`, which is at most sqrt(12 / ridge).
+    assert (found - wanted).abs().max() <= 100 * (12 / ridge) * 2**-53 * wanted.abs().max()
+
+    layer = layer_of_factors(nn.Linear(16, 20), left, torch.randn(12, 16, dtype=torch.float64), layout).double()
+    product = found @ layer.right.weight.detach()
+    with torch.no_grad():
+        set_left_(layer, found)
+    assert (layer.weight - product).abs().max() <= 1e-12 * product.abs().max()
+    assert torch.allclose(
+        full_left(layer) @ layer.right.weight, product, rtol=0, atol=1e-12 * float(product.abs().max())
+    )
+
+
+def test_layers_without_any_activation_keep_their_factor() -> None:
+    left = torch.randn(4, 3, dtype=torch.float64)
+    nothing = torch.zeros(3, 3, dtype=torch.float64)
+    assert torch.equal(refitted(nothing, torch.zeros(4, 3, dtype=torch.float64), left), left)
 
 
 def test_perp_touches_biases_and_norms_only() -> None:
