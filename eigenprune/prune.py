@@ -100,9 +100,7 @@ def prune_(
     method = find_method(config.method)
     allocation = config.allocation or method.allocation
     clock, where = _Clock(), cache_dir or default_cache_dir()
-    recovery = None
-    if recover is not None:
-        recovery = RecoveryAfterPruning(recover, recover_minutes, seed=config.seed, folder=where, progress=progress)
+    recovery = _recovery(recover, recover_minutes, config.seed, where, progress)
     if low_rank_layers(model):
         raise ConfigError("the model is pruned already; prune the dense model, or turn this one back with to_dense_")
     selection = select_layers(model, config.skip)
@@ -175,6 +173,15 @@ def layer_of_components(module: nn.Module, found: Components, rank: int, layout:
 def _settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:
     names = ("keep", "method", "layout", "rank_multiple", "seed")
     return {name: getattr(config, name) for name in names} | {"allocation": allocation, "skip": list(config.skip)}
+
+
+def _recovery(
+    method: str | None, minutes: float | None, seed: int, folder: Path, progress: bool
+) -> RecoveryAfterPruning | None:
+    """What is to be done after pruning, if anything."""
+    if method is None:
+        return None
+    return RecoveryAfterPruning(method, minutes, seed=seed, folder=folder, progress=progress)
 
 
 def _calibration(

@@ -139,7 +139,7 @@ def recover_(
         of_teacher = model_fingerprint(teacher) if targets is None else targets.key
         key = cache_key(model, windows_hash(windows), [method, of_teacher])
         saved = TrainingFile(checkpoint_dir, training_key(course, [key]))
-    if targets is None:
+    if targets is None or course is None:
         path = None if saved is None else saved.path
         trained = recover_blocks_(teacher, copied, parameters, windows[learned], course, path=path, progress=progress)
     else:

@@ -168,7 +168,7 @@ def _step(run: _Run, indices: list[int], loss_of: LossOf, rate: float) -> float:
         total += float(loss.detach())
         if not math.isfinite(total):
             raise WeightError(f"the loss is {total} after {run.step} steps of training: take a lower learning rate")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     run.whole = False
     parameters = [parameter for parameter in run.parameters.values() if parameter.grad is not None]
     nn.utils.clip_grad_norm_(parameters, LONGEST_GRADIENT)
