@@ -80,7 +80,12 @@ def measure(work: Work, options: argparse.Namespace) -> dict[str, Any]:
     before = work.measured(f"keep-{options.keep:g}", model)
     course = method.course
     if course is not None:
-        course = replace(course, **{name: getattr(options, name) for name in COURSE if getattr(options, name)})
+        course = replace(
+            course,
+            rate=options.rate or course.rate,
+            passes=options.passes or course.passes,
+            batch=options.batch or course.batch,
+        )
     report = recover_(model, dense, windows, method=options.method, course=course, checkpoint_dir=cache)
     after = perplexity(model, work.evaluation).to_dict()
     if options.save:
@@ -94,9 +99,6 @@ def measure(work: Work, options: argparse.Namespace) -> dict[str, Any]:
         "token_hash": after["token_hash"],
         **{f"recovery_{key}": value for key, value in report.to_dict().items()},
     }
-
-
-COURSE = ("rate", "passes", "batch")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

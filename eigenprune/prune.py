@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from eigenprune.layers import (
     select_layers,
 )
 from eigenprune.memory import page_span, release_pages, release_unused
-from eigenprune.recover import RecoveryAfterPruning
 from eigenprune.report import LayerReport, PruneReport, base_facts, versions
 from eigenprune.spectral import (
     Choice,
@@ -46,6 +45,9 @@ from eigenprune.spectral import (
     rank_options,
     spectrum,
 )
+
+if TYPE_CHECKING:
+    from eigenprune.recover import RecoveryAfterPruning
 
 DATA_FREE_WARNING = (
     "method 'svd' looks at no data. On language models it is no usable default: at keep=0.8 perplexity rises a "
@@ -177,10 +179,12 @@ def _settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:
 
 def _recovery(
     method: str | None, minutes: float | None, seed: int, folder: Path, progress: bool
-) -> RecoveryAfterPruning | None:
+) -> "RecoveryAfterPruning | None":
     """What is to be done after pruning, if anything."""
     if method is None:
         return None
+    from eigenprune.recover import RecoveryAfterPruning  # brings the Trainer's callbacks along
+
     return RecoveryAfterPruning(method, minutes, seed=seed, folder=folder, progress=progress)
 
 
