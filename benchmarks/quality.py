@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,20 +35,11 @@ from get_smollm2 import get_smollm2
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eigenprune.calibrate import (
-    BUILTIN,
-    builtin_texts,
-    cut_windows,
-    default_cache_dir,
-    read_texts,
-    token_ids,
-)
+from eigenprune import EigenpruneConfig, prune_
+from eigenprune.calibrate import BUILTIN, builtin_texts, cut_windows, default_cache_dir, read_texts, token_ids
 from eigenprune.evaluate import perplexity, spaced_windows
 from eigenprune.layers import select_layers
-from eigenprune.spectral import (
-    ALLOCATIONS,
-    METHODS,
-)
+from eigenprune.spectral import ALLOCATIONS, METHODS
 
 KEEP = (0.9, 0.8, 0.6)
 LAYOUTS = ("pivot", "pair")
@@ -77,6 +69,7 @@ def all_rows() -> Iterator[Row]:
     rest = [
         Row("wikitext2", method, layout, allocation, keep)
         for method, own in METHODS.items()
+        if own.removal is None and own.worth != "importance"  # these need a task, or a LoRA
         for layout in LAYOUTS
         for allocation in dict.fromkeys([own.allocation, *SHARED_ALLOCATIONS])
         for keep in KEEP

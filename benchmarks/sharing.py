@@ -22,7 +22,7 @@ from environment import ROOT, environment, shared_folder
 from get_smollm2 import get_smollm2
 from quality import Bench
 
-from eigenprune.calibrate import default_cache_dir
+from eigenprune.calibrate import collect_statistics, default_cache_dir
 from eigenprune.layers import dense_weight
 from eigenprune.spectral import (
     METHODS,
@@ -92,7 +92,9 @@ def main() -> None:
     if texts is None:
         sys.exit("sharing.py needs the texts of the shared folder: set EIGENPRUNE_SHARED")
     bench = Bench(get_smollm2(arguments.models), texts)
-    statistics = bench.collected("wikitext2", METHODS["kfac"].statistics, None)
+    statistics = collect_statistics(
+        bench.model, bench.calibration_windows("wikitext2"), bench.layers, cache_dir=default_cache_dir()
+    )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     default_cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary, arguments.out.open("a", encoding="utf-8") as out:

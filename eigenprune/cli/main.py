@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -48,7 +48,10 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
         except EigenpruneError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            fail("interrupted; statistics measured so far are kept, and the same command goes on from there", code=130)
+            fail(
+                "interrupted; statistics and training so far are kept, and the same command goes on from there",
+                code=130,
+            )
 
     return run
 
@@ -92,4 +95,12 @@ def main() -> None:
     logging.captureWarnings(True)
     warnings.simplefilter("default", UserWarning)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    app()
+    app(args=with_bare_recover(sys.argv[1:]))
+
+
+def with_bare_recover(arguments: Sequence[str]) -> list[str]:
+    """`arguments`, with a method after every `--recover` that has none: Typer knows no optional values."""
+    found: list[str] = []
+    for argument, after in zip(arguments, [*arguments[1:], "-"], strict=False):
+        found += [argument, "distil"] if argument == "--recover" and after.startswith("-") else [argument]
+    return found

@@ -8,10 +8,12 @@ import typer
 from rich.console import RenderableType
 
 from eigenprune.cli.output import errors, show
-from eigenprune.errors import CheckpointError
+from eigenprune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from eigenprune.config import EigenpruneConfig
+
+RECOVER_MINUTES = 30.0
 
 
 def prune(
@@ -35,6 +37,16 @@ def prune(
     skip: Annotated[
         list[str] | None, typer.Option(help="Regular expression of layers to leave dense; repeatable.")
     ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            help="Get loss back after pruning, without labels: distil, block, closed or perp. "
+            "Alone, before another option or last: distil."
+        ),
+    ] = None,
+    recover_minutes: Annotated[
+        float | None, typer.Option(help=f"Bound on distil and perp; default {RECOVER_MINUTES:g}.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of sampled text, and of methods that draw labels.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
@@ -52,6 +64,8 @@ def prune(
     Examples:
 
     - `eigenprune prune HuggingFaceTB/SmolLM2-135M-Instruct --out small --keep 0.8 --texts my_domain.jsonl`
+
+    - `eigenprune prune ./model --out ./small --keep 0.8 --texts my_domain.jsonl --recover --recover-minutes 20`
 
     - `eigenprune prune ./model --out ./small --keep 0.6 --layout pair --skip 'layers[.]0[.]' --json`
     """
@@ -74,17 +88,37 @@ def prune(
         window=window,
         seed=seed,
     )
+    minutes = minutes_of(recover, recover_minutes)
     if out.exists() and not overwrite:  # before minutes of work, not after
         raise CheckpointError(f"{out} is there already: choose another folder, or pass --overwrite")
     dense = load_model(model, dtype, revision=revision, quiet=quiet)
-    tokenizer = load_tokenizer(model, revision=revision) if config_needs_text(config) else None
-    if config.texts is None and config_needs_text(config) and not quiet:
+    needs_text = config_needs_text(config) or recover is not None
+    tokenizer = load_tokenizer(model, revision=revision) if needs_text else None
+    if config.texts is None and needs_text and not quiet:
         errors.print("calibrating without texts of your own; --texts FILE like those of the model's use is better")
-    report = prune_(dense, config, tokenizer=tokenizer, progress=not quiet)
+    report = prune_(
+        dense,
+        config,
+        tokenizer=tokenizer,
+        recover=recover,
+        recover_minutes=minutes,
+        progress=not quiet,
+    )
     save_model(dense, out, tokenizer=tokenizer, report=report, overwrite=overwrite, remote_code=remote_code)
     result = report.to_dict() | {"out": str(out), "file_bytes": folder_bytes(out)}
     tables: list[RenderableType] = [summary_table(report), f"saved in {out}; each layer: eigenprune inspect {out}"]
     show(tables, result, as_json=as_json, quiet=quiet)
+
+
+def minutes_of(recover: str | None, minutes: float | None) -> float | None:
+    """The bound on recovery: what was asked for, else the default where the method takes one."""
+    from eigenprune.recover import find_recovery
+
+    if recover is None and minutes is not None:
+        raise ConfigError("--recover-minutes bounds a recovery: say --recover too")
+    if recover is None or minutes is not None or find_recovery(recover).blockwise:
+        return minutes
+    return RECOVER_MINUTES
 
 
 def config_needs_text(config: "EigenpruneConfig") -> bool:

@@ -16,7 +16,14 @@ from eigenprune.hub.facts import CheckpointFacts, read_facts
 from eigenprune.hub.measured import Measured, read_measured
 from eigenprune.hub.names import HUB_ID, MODELING_NAME, check_repo, check_revision
 from eigenprune.hub.picture import rank_picture
-from eigenprune.hub.rebuild import DTYPES, base_revision, calibration_facts, rebuild_command, rebuild_needs
+from eigenprune.hub.rebuild import (
+    DTYPES,
+    base_revision,
+    calibration_facts,
+    rebuild_command,
+    rebuild_needs,
+    recovery_facts,
+)
 from eigenprune.report import CARRIED
 
 CARD_NAME = "README.md"
@@ -92,6 +99,7 @@ def build_card(
         making=_making(facts, pruned_from if pruned_from != base else ""),
         command=rebuild_command(facts, pruned_from),
         needs=rebuild_needs(facts, pruned_from),
+        recovered=bool(recovery_facts(facts)),
         hashes="\n".join(f"{value}  {file}" for file, value in sorted(facts.files.items())),
         calibration_limit=_calibration_limit(facts),
     )
@@ -209,6 +217,7 @@ def _making(facts: CheckpointFacts, pruned_from: str) -> list[list[str]]:
         ["layers left dense on request", ", ".join(code(pattern) for pattern in config.skip)],
         ["calibration", _calibration(calibration)],
         ["hash of its tokens", code(calibration["texts_hash"]) if "texts_hash" in calibration else ""],
+        ["recovery after pruning", _recovery(recovery_facts(facts))],
         ["seed", str(config.seed)],
         ["versions", version_list(config.provenance.get("versions"))],
     ]
@@ -229,6 +238,20 @@ def _sampling(sampling: object) -> str:
     if len(numbers) != 2 or not all(type(number) in (int, float) for number in numbers):
         return ""
     return f", written by the base itself: temperature {numbers[0]:g}, documents of {numbers[1]:g} tokens"
+
+
+def _recovery(found: dict[str, Any]) -> str:
+    """What was done, as far as the values are what they should be."""
+    if not found:
+        return ""
+    tokens, steps, before, after = (found.get(name) for name in ("tokens", "steps", "before", "after"))
+    whole = all(type(number) is int for number in (tokens, steps))
+    if not whole or not all(type(number) is float for number in (before, after)):
+        return code(found.get("method"))
+    return (
+        f"{code(found.get('method'))} on {tokens:,} tokens, {steps:,} steps: "
+        f"divergence from the base on held-out text {before:.4f}, then {after:.4f}"
+    )
 
 
 def version_list(versions: object) -> str:

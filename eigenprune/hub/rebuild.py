@@ -19,6 +19,8 @@ def rebuild_command(facts: CheckpointFacts, base: str) -> str:
     calibration, texts = calibration_facts(facts), text_names(facts)
     if not base or (calibration and not texts and calibration.get("source") not in SOURCES):
         return ""  # texts or windows that a Python program made
+    if recovery_facts(facts):
+        return ""  # trained, for as long as a clock allowed or as a Python program said
     lines = [f"eigenprune prune {shell_word(base)}"]
     if base_revision(facts):
         lines.append(f"--revision {base_revision(facts)}")
@@ -47,6 +49,12 @@ def rebuild_needs(facts: CheckpointFacts, base: str) -> str:
 def calibration_facts(facts: CheckpointFacts) -> dict[str, Any]:
     """What the checkpoint says about its calibration; empty for a data-free method."""
     found = facts.config.provenance.get("calibration")
+    return found if isinstance(found, dict) else {}
+
+
+def recovery_facts(facts: CheckpointFacts) -> dict[str, Any]:
+    """What the checkpoint says about a recovery after pruning; empty where there was none."""
+    found = facts.config.provenance.get("recovery")
     return found if isinstance(found, dict) else {}
 
 

@@ -25,6 +25,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Count what happens inside for `stage`."""
         start = time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - start

@@ -45,6 +45,7 @@ class PruneReport:
         model_bytes: of all parameters and saved buffers (before, after).
         seconds: {stage: seconds}.
         removal: the `RemovalReport`, where components were first removed for a task.
+        recovery: what `recover_` reports, where it was asked for; empty otherwise.
     """
 
     layers: tuple[LayerReport, ...]
@@ -54,6 +55,7 @@ class PruneReport:
     model_bytes: tuple[int, int]
     seconds: dict[str, float] = field(default_factory=dict)
     removal: Any = field(default=None, repr=False)
+    recovery: dict[str, Any] = field(default_factory=dict)
 
     @property
     def chosen(self) -> tuple[LayerReport, ...]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables for a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.table import Table
 
@@ -48,5 +49,13 @@ def summary_table(report: PruneReport) -> Table:
         table.add_row("calibration", f"{facts['source']}: {facts['windows']} windows of {facts['window']} tokens")
     if report.settings.get("method") in ("kfac", "kfac-seq", "kfac-probe", "best"):
         table.add_row("estimated loss", f"+{report.loss:.3f} nats per token")
+    if report.recovery:
+        table.add_row("recovery", _recovery(report.recovery))
     table.add_row("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items()))
     return table
+
+
+def _recovery(found: Mapping[str, Any]) -> str:
+    change = f"{found['before']:.4f} -> {found['after']:.4f} away from the dense model on held-out windows"
+    outcome = change if found["kept"] else f"{change}: no gain, so the pruned model was left as it was"
+    return f"{found['method']}, {found['tokens']:,} tokens, {found['steps']} steps: {outcome}"
