@@ -168,7 +168,7 @@ def _select_by_index(
     index = {name: pq_index(block.tuned for block in entries(name).blocks()) for name in plan.chosen}
     for name, count in shares_by_index(sizes, index, keep).items():
         tensor = entries(name)
-        mask = Threshold([name], lambda _, tensor=tensor: _scores(tensor, rule, context), count).mask(name, sizes[name])
+        mask = Threshold([name], lambda name: _scores(entries(name), rule, context), count).mask(name, sizes[name])
         masks.put(name, tensor.shaped(mask))
 
 
