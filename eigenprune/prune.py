@@ -114,7 +114,7 @@ def prune_(
             calibration = _calibration(model, config, tokenizer, texts, windows, where, progress)
         windows = calibration.windows
         with clock("statistics"):
-            statistics, gradients = _measured(model, config, row.needs, chosen, calibration, tokenizer, where, progress)
+            statistics, gradients = _measured(model, config, row.needs, chosen, calibration, where, progress)
     else:
         gradients = statistics
     if method.statistics and statistics is not None:
@@ -266,7 +266,6 @@ def _measured(
     need: str,
     layers: Mapping[str, nn.Module],
     calibration: Calibration,
-    tokenizer: Any,
     cache_dir: Path,
     progress: bool,
 ) -> tuple[Statistics | None, Statistics | None]:
@@ -278,7 +277,6 @@ def _measured(
         calibration,
         need=need,
         prior=config.prior,
-        tokenizer=tokenizer,
         cache_dir=cache_dir,
         seed=config.seed,
         progress=progress,
