@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eigenprune.calibrate.statistics import Statistics
 from eigenprune.errors import ConfigError
@@ -14,25 +14,37 @@ PRIOR = "random-tokens"
 RANK_OFFSET = 256.0  # r0: flattens the head of Zipf's law; about the single bytes that stand before all merges
 
 
-def prior_windows(tokenizer: Any, vocabulary: int, *, count: int, window: int, seed: int) -> Tensor:
+def prior_windows(model: nn.Module, *, count: int, window: int, seed: int) -> Tensor:
     """Random tokens, [count, window] int64: each drawn alone, with a chance of 1 / (id + r0).
 
     Tokenizers number their tokens by the order in which they were merged, the frequent first, so that this is Zipf's
-    law read off the tokenizer. Special tokens are never drawn.
+    law read off the vocabulary. What the config of `model` names as begin, end and padding is never drawn.
 
     Args:
-        tokenizer: of the model; None draws from all ids.
-        vocabulary: of the model: ids are below it.
+        model: whose vocabulary it is.
         count: how many windows.
         window: tokens in a window.
         seed: of the draws.
     """
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     chances = 1 / (torch.arange(vocabulary, dtype=torch.float64) + RANK_OFFSET)
-    special = [] if tokenizer is None else [i for i in tokenizer.all_special_ids if 0 <= i < vocabulary]
-    if len(special) < vocabulary:
-        chances[special] = 0
+    chances[[token for token in _special_tokens(model) if 0 <= token < vocabulary]] = 0
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(chances, count * window, replacement=True, generator=generator).view(count, window)
+
+
+def _special_tokens(model: nn.Module) -> list[int]:
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return []
+    text = config.get_text_config()
+    named = (
+        getattr(text, "bos_token_id", None),
+        getattr(text, "eos_token_id", None),
+        getattr(text, "pad_token_id", None),
+    )
+    lists = [value if isinstance(value, list | tuple) else [value] for value in named]
+    return [token for tokens in lists for token in tokens if isinstance(token, int)]
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,7 @@ def calibration_windows(
         windows = sample_windows(model, tokenizer, sampling, cache_dir=cache_dir, progress=progress)
         return Calibration(windows, SAMPLED, sampling.to_dict())
     elif source == PRIOR:
-        vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        return Calibration(prior_windows(tokenizer, vocabulary, count=count, window=window, seed=seed), PRIOR)
+        return Calibration(prior_windows(model, count=count, window=window, seed=seed), PRIOR)
     else:
         documents, name = builtin_texts(), BUILTIN
     return Calibration(cut_windows(tokenizer, documents, count=count, window=window), name)

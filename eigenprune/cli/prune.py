@@ -20,17 +20,26 @@ def prune(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the dense model.")],
     out: Annotated[Path, typer.Option(help="Folder to write; loads with plain `from_pretrained`.")],
     keep: Annotated[float, typer.Option(help="Kept fraction of the parameters of the linear layers, in (0, 1].")],
-    method: Annotated[str, typer.Option(help="Row of the method table: kfac, svd-llm, asvd, svd.")] = "kfac",
+    method: Annotated[str, typer.Option(help="Row of the method table: kfac, svd-llm, zs, asvd, svd, ...")] = "kfac",
     layout: Annotated[str, typer.Option(help="How factors are stored: pivot or pair.")] = "pivot",
-    allocation: Annotated[str | None, typer.Option(help="Ranks: global or uniform; default: the method's own.")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="Ranks: global, uniform, lems, ...; default: the method's own.")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="What keep is a fraction of: parameters, bytes, flops, or latency (measured here).")
+    ] = "parameters",
+    min_keep: Annotated[float, typer.Option(help="No layer keeps a smaller fraction than this.")] = 0.0,
     texts: Annotated[
         list[Path] | None,
         typer.Option(help="Calibration text (plain, .jsonl with 'text' or 'messages', .gz); repeat for more files."),
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Without --texts: sampled (by the model; the default where it can) or python-docs."),
+        typer.Option(
+            help="Without --texts: sampled (by the model; the default where it can), python-docs, random-tokens."
+        ),
     ] = None,
+    prior: Annotated[float, typer.Option(help="Part of the input statistics that random tokens make up.")] = 0.0,
     windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 40,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
@@ -81,6 +90,9 @@ def prune(
         layout=layout,
         allocation=allocation,
         rank_multiple=rank_multiple,
+        budget=budget,
+        min_keep=min_keep,
+        prior=prior,
         skip=tuple(skip or ()),
         texts=None if texts is None else [str(path) for path in texts],
         calibration=calibration,
@@ -122,7 +134,8 @@ def minutes_of(recover: str | None, minutes: float | None) -> float | None:
 
 
 def config_needs_text(config: "EigenpruneConfig") -> bool:
-    """Whether the method of `config` measures the model on text."""
-    from eigenprune.spectral import find_method
+    """Whether the method of `config`, or its allocation, measures the model on text."""
+    from eigenprune.spectral import ALLOCATIONS, find_method
 
-    return bool(find_method(config.method).statistics)
+    method = find_method(config.method)
+    return bool(method.statistics or ALLOCATIONS[config.allocation or method.allocation].needs)

@@ -81,7 +81,6 @@ def measure(run: Run, layers: Mapping[str, nn.Module], recovery: RecoveryAfterPr
             found,
             need=need,
             prior=run.config.prior,
-            tokenizer=run.tokenizer,
             cache_dir=run.cache_dir,
             seed=run.config.seed,
             progress=run.progress,

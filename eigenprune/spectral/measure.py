@@ -4,7 +4,6 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -24,7 +23,6 @@ def method_statistics(
     *,
     need: str = "",
     prior: float = 0.0,
-    tokenizer: Any = None,
     cache_dir: Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -40,7 +38,6 @@ def method_statistics(
         calibration: the token windows.
         need: of the allocation, see `AllocationRow`; None of the second where it needs no gradients.
         prior: part of the input Grams that random tokens make up, see `blended`.
-        tokenizer: whose special tokens are not among these.
         cache_dir, seed, progress: as in `collect_statistics`.
     """
 
@@ -69,9 +66,8 @@ def method_statistics(
     if statistics is not None and method.input_metric == "gram":
         _warn_of_few_tokens(layers, calibration)
         if prior > 0:
-            vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
             count, window = calibration.windows.shape
-            random = prior_windows(tokenizer, vocabulary, count=min(count, PRIOR_WINDOWS), window=window, seed=seed)
+            random = prior_windows(model, count=min(count, PRIOR_WINDOWS), window=window, seed=seed)
             plain = collect_statistics(
                 model, random, layers, kinds=("input_gram",), cache_dir=cache_dir, seed=seed, progress=progress
             )

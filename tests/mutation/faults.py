@@ -108,6 +108,20 @@ FAULTS = (
         ("tests/spectral/test_allocation.py",),
     ),
     Fault(
+        "search of the knapsack gives up too early",
+        "spectral/allocation/knapsack.py",
+        "alive = (bound < best - slack)",
+        "alive = (bound < 0.3 * best - slack)",
+        ("tests/spectral/test_knapsack.py", "-k", "thousands"),
+    ),
+    Fault(
+        "zero-sum heap adds rises to rises",
+        "spectral/allocation/heap.py",
+        "running <= 0)",
+        "running >= 0)",
+        ("tests/spectral/test_published_allocations.py", "-k", "heaps"),
+    ),
+    Fault(
         "NaN in a weight not looked for",
         PRUNE,
         "        if not finite.all():",

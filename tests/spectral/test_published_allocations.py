@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published ways to share ranks out, each against its formula written out as a loop."""
 
+import dataclasses
 import itertools
 import math
 
@@ -133,39 +134,63 @@ def test_fisher_shares_are_in_proportion(keep: float) -> None:
         assert rate * fisher[name] >= math.prod(SHAPES[name]) - 2 * 72
 
 
-def error_at_uniform(name: str, keep: float) -> float:
-    """Frobenius norm over all tokens of the output error at the largest rank within `keep`."""
-    shape = SHAPES[name]
-    found = solve_allocation(options(), keep, "uniform").choices[name].rank or 24
-    assert cost(shape, found - 1, "pivot") <= keep * math.prod(shape)
-    return math.sqrt(TOKENS * float(energies(name)[found:].sum()))
+FINE = 400  # options of the next tests: a step is a quarter of a percent
+
+
+def fine_options() -> dict[str, Options]:
+    found = {}
+    for number, name in enumerate(SHAPES):
+        lost = (1 + number) ** 3 * torch.linspace(1, 0, FINE + 1).double() ** (1 + number % 3)
+        ranks, costs = torch.tensor([*range(1, FINE), 0]), torch.arange(1, FINE + 1)
+        found[name] = Options(ranks, costs, lost[1:], float(lost[0]))
+    return found
+
+
+def fine_shares(allocation: str, keep: float) -> tuple[dict[str, float], dict[str, float]]:
+    """The shares that an allocation gives, and the error of each matrix over all tokens at the uniform rank."""
+    found = solve_allocation(fine_options(), keep, allocation, evidence()).choices
+    assert keep * FINE * len(found) - 2 <= sum(choice.cost for choice in found.values()) <= keep * FINE * len(found)
+    at = round(keep * FINE) - 1
+    errors = {name: math.sqrt(2 * float(o.losses[at]) * TOKENS) for name, o in fine_options().items()}
+    return {name: choice.cost / FINE for name, choice in found.items()}, errors
 
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_svd_llm_v2_removes_by_one_over_the_logarithm_of_the_error_within_a_type(keep: float) -> None:
-    got = shares(ranks("svd-llm-v2", keep))
+    got, errors = fine_shares("svd-llm-v2", keep)
+    assert min(errors.values()) > math.e**2
     for kind in ("q", "up"):
         names = [name for name in SHAPES if name.endswith(kind)]
-        inverse = {name: 1 / math.log(error_at_uniform(name, keep)) for name in names}
-        assert min(error_at_uniform(name, keep) for name in names) > math.e**2
+        inverse = {name: 1 / math.log(errors[name]) for name in names}
+        wanted = {name: 1 - len(names) * (1 - keep) * inverse[name] / sum(inverse.values()) for name in names}
+        assert max(wanted.values()) - min(wanted.values()) > 0.03
         for name in names:
-            removed = len(names) * (1 - keep) * inverse[name] / sum(inverse.values())
-            assert got[name] == pytest.approx(max(keep / 2, 1 - removed), abs=0.045)  # a rank step of 47 / 576 or less
+            assert wanted[name] > keep / 2  # else the guard acts
+            assert got[name] == pytest.approx(wanted[name], abs=2 / FINE)  # rounded down, then filled by a step
+
+
+def test_svd_llm_v2_never_goes_below_half_of_the_uniform_share() -> None:
+    options = fine_options()
+    for number, name in enumerate(options):  # one matrix with far smaller errors than its kind
+        scale = 1e-8 if number == 0 else 1e12
+        options[name] = dataclasses.replace(options[name], losses=options[name].losses * scale)
+    found = solve_allocation(options, 0.3, "svd-llm-v2", evidence()).choices
+    least = min(choice.cost for choice in found.values()) / FINE
+    assert 0.15 - 1 / FINE <= least < 0.16  # half of 0.3, to a step
 
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_swift_gives_half_of_the_uniform_share_and_the_rest_by_its_score(keep: float) -> None:
-    got = shares(ranks("swift", keep))
+    got, errors = fine_shares("swift", keep)
     score = {}
     for name in SHAPES:
         importance = 1 + int(name.split(".")[1]) / 2  # the influences stretched to [1, 2]
-        score[name] = importance**0.5 * math.log(math.e + error_at_uniform(name, keep)) ** 0.5
-    sizes = {name: math.prod(shape) for name, shape in SHAPES.items()}
-    mean = sum(score[name] * sizes[name] for name in SHAPES) / dense()
-    wanted = {name: keep * (0.5 + 0.5 * score[name] / mean) for name in SHAPES}
+        score[name] = importance**0.5 * math.log(math.e + errors[name]) ** 0.5
+    wanted = {name: keep * (0.5 + 0.5 * score[name] * len(score) / sum(score.values())) for name in SHAPES}
     assert max(wanted.values()) < 1
+    assert max(wanted.values()) - min(wanted.values()) > 0.1
     for name in SHAPES:
-        assert got[name] == pytest.approx(wanted[name], abs=0.085)  # two rank steps
+        assert got[name] == pytest.approx(wanted[name], abs=2 / FINE)
 
 
 @pytest.mark.parametrize("keep", [0.75, 0.6])

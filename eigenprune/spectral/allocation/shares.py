@@ -54,8 +54,9 @@ def svd_llm_v2(case: Case) -> Solution:
     for kind in dict.fromkeys(kinds):
         rows = torch.tensor([row for row, other in enumerate(kinds) if other == kind])
         removed[rows] = len(rows) * (1 - case.keep) * inverse[rows] / inverse[rows].sum()
-    shares = (1 - removed).clamp(LEAST_PART * case.keep, 1.0) * case.table.dense
-    shares *= min(1.0, case.budget / float(shares.sum()))
+    floor = LEAST_PART * case.keep * case.table.dense
+    above = ((1 - removed) * case.table.dense - floor).clamp_min(0)
+    shares = floor + above * min(1.0, (case.budget - float(floor.sum())) / max(float(above.sum()), 1e-300))
     return Solution(_by_share(case.table, case.budget, shares, shares))
 
 
