@@ -12,7 +12,7 @@ from eigenprune.spectral.allocation.lagrangian import priced_choice
 from eigenprune.spectral.allocation.table import make_table
 from tests.spectral.test_allocation import dense, model
 
-CASES = 2000
+CASES = 1000
 SUM = 1e-11  # relative: sums of a handful of float64 numbers, and the tolerance of the search
 
 
