@@ -33,7 +33,7 @@ def test_layers_from_disk_are_those_made_on_the_spot(measured, method: str, tmp_
     for name in list(layers)[:7]:
         wanted, got = plain.spectrum(name, layers[name]).energies, kept.spectrum(name, layers[name]).energies
         assert float((wanted - got).abs().max()) <= 1e-9 * float(wanted.max())  # both float64, by other routes
-        one, two = (where.layer(name, layers[name], 16, "pair").weight for where in (plain, kept))
+        one, two = (where.layer(name, layers[name], 16, "pair").weight.detach() for where in (plain, kept))
         # Rounded to float32 in the file and again in the layer; the truncation itself is the same to 1e-9.
         size = float(dense_weight(layers[name]).detach().norm())
         assert float((one - two).norm()) <= 64 * torch.finfo(torch.float32).eps * size

@@ -18,7 +18,10 @@ from torch import Tensor
 from eigenprune.spectral.allocation.lagrangian import priced_choice
 from eigenprune.spectral.allocation.table import Solution, Table
 
-MOST_STATES = 1 << 16  # beyond it the least promising are dropped, and the bound says what that may have missed
+# Beyond these the least promising states are dropped, and the bound says what that may have missed.
+MOST_STATES = 1 << 16  # kept for one matrix: bounds memory
+MOST_WORK = 1 << 22  # tried in all: a second or two
+LEAST_STATES = 64
 TOLERANCE = 1e-12  # of the loss: what sums in float64 may differ by
 
 
@@ -165,18 +168,21 @@ def _search(
     cost = torch.zeros(1, dtype=torch.float64)
     excess = torch.zeros(1, dtype=torch.float64)
     trail: list[tuple[Tensor, Tensor]] = []
+    completion = _Completion(classes, relaxed.price)
     for stage, undecided in enumerate(classes):
         # Every state with every option; `parents` and `options` say where each came from.
         width = len(undecided.costs)
         new_cost = (cost.unsqueeze(1) + undecided.costs).flatten()
         new_excess = (excess.unsqueeze(1) + undecided.excess).flatten()
-        bound = new_excess + _completion(classes[stage + 1 :], relaxed, relaxed.room - new_cost)
+        bound = new_excess + completion.after(stage, relaxed.room - new_cost)
         alive = (bound < best - slack).nonzero().squeeze(1)
         alive = alive[_undominated(new_cost[alive], new_excess[alive], relaxed.price)]
-        if len(alive) > most_states:
+        next_width = len(classes[stage + 1].costs) if stage + 1 < len(classes) else 1
+        most = min(most_states, max(LEAST_STATES, MOST_WORK // (len(classes) * next_width)))
+        if len(alive) > most:
             promising = torch.argsort(bound[alive])
-            missed = min(missed, float(bound[alive[promising[most_states]]]))
-            alive = alive[promising[:most_states]].sort().values
+            missed = min(missed, float(bound[alive[promising[most]]]))
+            alive = alive[promising[:most]].sort().values
         if not len(alive):
             break
         cost, excess = new_cost[alive], new_excess[alive]
@@ -210,14 +216,31 @@ def _undominated(cost: Tensor, excess: Tensor, price: float) -> Tensor:
     return order[first]
 
 
-def _completion(classes: list[_Class], relaxed: _Relaxation, room: Tensor) -> Tensor:
-    """The least excess that `classes` can add, in the relaxation, to states that leave `room` (negative: too full)."""
-    up: list[tuple[float, float]] = []  # (excess per cost, cost) of the steps along the hulls away from the base
-    down: list[tuple[float, float]] = []
-    for one in classes:
-        up += _hull_steps(one.costs, one.excess)
-        down += _hull_steps(-one.costs, one.excess)
-    return torch.where(room >= 0, _cheapest(up, relaxed.price, room), _cheapest(down, float("inf"), -room))
+class _Completion:
+    """The least excess that the matrices after a stage can add, in the relaxation, to states that leave some room."""
+
+    def __init__(self, classes: list[_Class], price: float) -> None:
+        self._up = _sorted_steps([_hull_steps(one.costs, one.excess) for one in classes], price)
+        self._down = _sorted_steps([_hull_steps(-one.costs, one.excess) for one in classes], float("inf"))
+        self._price = price
+
+    def after(self, stage: int, room: Tensor) -> Tensor:
+        """For `room` [states] left after `stage`; where it is negative, that much has to be given back."""
+        later_up, later_down = self._up[2] > stage, self._down[2] > stage
+        up = _cheapest(self._up[0][later_up], self._up[1][later_up], self._price, room)
+        down = _cheapest(self._down[0][later_down], self._down[1][later_down], float("inf"), -room)
+        return torch.where(room >= 0, up, down)
+
+
+def _sorted_steps(steps: list[list[tuple[float, float]]], beyond: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(excess per cost, cost, stage) of all steps below the rate `beyond`, the lowest rate first."""
+    found = sorted((rate, cost, stage) for stage, own in enumerate(steps) for rate, cost in own if rate < beyond)
+    rates, costs, stages = zip(*found, strict=True) if found else ((), (), ())
+    return (
+        torch.tensor(rates, dtype=torch.float64),
+        torch.tensor(costs, dtype=torch.float64),
+        torch.tensor(stages, dtype=torch.int64),
+    )
 
 
 def _hull_steps(costs: Tensor, excess: Tensor) -> list[tuple[float, float]]:
@@ -231,12 +254,11 @@ def _hull_steps(costs: Tensor, excess: Tensor) -> list[tuple[float, float]]:
     return [((q[1] - p[1]) / (q[0] - p[0]), q[0] - p[0]) for p, q in pairs if q[0] > p[0]]
 
 
-def _cheapest(steps: list[tuple[float, float]], beyond: float, amount: Tensor) -> Tensor:
-    """The excess of `amount` >= 0 of cost taken from `steps` at their rates, the lowest first, and `beyond` after."""
-    steps = sorted(step for step in steps if step[0] < beyond)
-    rates = torch.tensor([rate for rate, _ in steps] + [beyond], dtype=torch.float64)
-    ends = torch.tensor([0.0] + [cost for _, cost in steps], dtype=torch.float64).cumsum(0)
-    values = torch.cat([ends.new_zeros(1), (rates[:-1] * ends.diff()).cumsum(0)])
+def _cheapest(rates: Tensor, costs: Tensor, beyond: float, amount: Tensor) -> Tensor:
+    """The excess of `amount` >= 0 of cost taken from steps at their rising rates, and at the rate `beyond` after."""
+    ends = torch.cat([costs.new_zeros(1), costs.cumsum(0)])
+    values = torch.cat([costs.new_zeros(1), (rates * costs).cumsum(0)])
+    rates = torch.cat([rates, rates.new_full((1,), beyond)])
     amount = amount.clamp_min(0.0)
     at = (torch.searchsorted(ends, amount, right=True) - 1).clamp_min(0)
     over = amount - ends[at]

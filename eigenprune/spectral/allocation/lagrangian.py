@@ -20,6 +20,8 @@ def _at_price(table: Table, price: float) -> Tensor:
 
 def _price(table: Table, budget: float) -> float:
     """The least price per unit, in loss, at which the choice fits the budget."""
+    if table.spent(_at_price(table, 0.0)) <= budget:  # everything worth having fits
+        return 0.0
     low, high = 0.0, 1.0
     while table.spent(_at_price(table, high)) > budget:
         low, high = high, high * 4

@@ -31,6 +31,8 @@ def asvd_search(case: Case) -> Solution:
                 if rank in ranks:
                     losses[row, ranks.index(rank)] = loss
     cuts = losses[losses.isfinite()].unique()
+    if not len(cuts):  # nothing was probed, because no matrix has a rank to choose
+        return Solution((losses <= 0).double().argmax(1))
     low, high = 0, len(cuts) - 1
     while low < high:
         middle = (low + high) // 2
