@@ -2,7 +2,7 @@
 """`GradualMagnitude`: a callback of the transformers Trainer that prunes small weights to zero while a model trains."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,4 +108,5 @@ class GradualMagnitude(TrainerCallback):
 
     def _weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights to prune, which share their memory with the model's, in model order."""
-        return {name: module.weight.detach() for name, module in select_layers(model, self.skip).chosen.items()}
+        layers = select_layers(model, self.skip).chosen
+        return {name: cast(Tensor, module.weight).detach() for name, module in layers.items()}

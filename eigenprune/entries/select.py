@@ -123,9 +123,16 @@ def _check(rule: Rule, keep: float, scope: str, row_entries: int | None, least: 
 
 
 def _check_statistics(rule: Rule, context: Context) -> None:
+    found = context.statistics
+    there = {
+        "general": context.general is not None,
+        "gradient": found is not None and bool(found.gradient),
+        "squared_gradient": found is not None and bool(found.squared_gradient),
+        "input_square": found is not None and bool(found.input_square),
+        "input_gram": found is not None and bool(found.input_gram),
+    }
     for field in rule.needs:
-        source = context.general if field == "general" else context.statistics
-        if source is None or (field != "general" and not getattr(source, field)):
+        if not there[field]:
             raise CalibrationError(
                 f"rule {rule.name!r} needs statistics with {', '.join(rule.needs)}: collect them on the fine-tuned "
                 "model with eigenprune.calibrate.collect_entry_statistics"
@@ -168,7 +175,7 @@ def _select_by_index(
     index = {name: pq_index(block.tuned for block in entries(name).blocks()) for name in plan.chosen}
     for name, count in shares_by_index(sizes, index, keep).items():
         tensor = entries(name)
-        mask = Threshold([name], lambda _, tensor=tensor: _scores(tensor, rule, context), count).mask(name, sizes[name])
+        mask = Threshold([name], lambda name: _scores(entries(name), rule, context), count).mask(name, sizes[name])
         masks.put(name, tensor.shaped(mask))
 
 
