@@ -32,8 +32,9 @@ from eigenprune.calibrate import EntryStatistics, collect_entry_statistics
 from eigenprune.calibrate.collect import has_fast_bfloat16
 from eigenprune.entries import RULES, merge_entries, select_entries
 from eigenprune.entries.packing import packed_bytes, smaller_form
+from eigenprune.entries.rules import SCOPES
 
-SHARES = (0.75, 0.5, 0.25, 0.1, 0.9, 0.6, 0.05)
+SHARES = (0.75, 0.1, 0.25, 0.5, 0.05, 0.6, 0.9)
 COLORS = ("#c0392b", "#888888", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22")
 
 
@@ -53,7 +54,8 @@ def runs() -> list[Run]:
     """All, the most wanted first."""
     plain = [(rule.name, rule.scope, "base") for rule in RULES.values() if rule.name != "ken" and not rule.needs]
     measured = [(rule.name, rule.scope, "base") for rule in RULES.values() if rule.needs]
-    scopes = [("delta", "row", "base"), ("delta", "layer", "base"), ("delta-fisher", "row", "base")]
+    plain += [("delta", scope, "base") for scope in SCOPES if scope != RULES["delta"].scope]
+    scopes = [("delta-fisher", "row", "base")]
     scopes += [("magnitude", "global", "base"), ("delta-fisher", "layer", "base"), ("random", "global", "base")]
     zero = [(name, RULES[name].scope, "zero") for name in ("magnitude", "wanda", "sap", "d-pruner", "icbs")]
     zero += [("magnitude", "global", "zero"), ("delta-fisher", "global", "zero")]

@@ -19,7 +19,7 @@ from eigenprune.layers import LowRankLinear, factored_parameters, low_rank_layer
 from tests.helpers.compare import state_hashes, tied_groups
 from tests.helpers.tiny_models import logits, saved_dense, tiny_model, tiny_tokenizer, token_windows
 
-main_path = importlib.import_module("eigenprune.prune")  # the function of the same name hides the module
+factor = importlib.import_module("eigenprune.prune.factor")
 
 
 def _prune(model: nn.Module, **settings: Any) -> PruneReport:
@@ -163,7 +163,7 @@ def test_failure_while_factoring_gives_every_dense_layer_back(
     model = tiny_model("gpt2").train()
     before, output = _picture(model), logits(model.eval())
     model.train()
-    real, done = main_path.layer_of_factors, []
+    real, done = factor.layer_of_factors, []
 
     def flaky(*args: Any, **kwargs: Any) -> Any:
         done.append(1)
@@ -171,7 +171,7 @@ def test_failure_while_factoring_gives_every_dense_layer_back(
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(main_path, "layer_of_factors", flaky)
+    monkeypatch.setattr(factor, "layer_of_factors", flaky)
     with pytest.raises(type(error)):
         _prune(model, allocation="uniform")
     assert len(done) == failing + 1  # it did get that far

@@ -123,9 +123,16 @@ def _check(rule: Rule, keep: float, scope: str, row_entries: int | None, least: 
 
 
 def _check_statistics(rule: Rule, context: Context) -> None:
+    found = context.statistics
+    there = {
+        "general": context.general is not None,
+        "gradient": found is not None and bool(found.gradient),
+        "squared_gradient": found is not None and bool(found.squared_gradient),
+        "input_square": found is not None and bool(found.input_square),
+        "input_gram": found is not None and bool(found.input_gram),
+    }
     for field in rule.needs:
-        source = context.general if field == "general" else context.statistics
-        if source is None or (field != "general" and not getattr(source, field)):
+        if not there[field]:
             raise CalibrationError(
                 f"rule {rule.name!r} needs statistics with {', '.join(rule.needs)}: collect them on the fine-tuned "
                 "model with eigenprune.calibrate.collect_entry_statistics"

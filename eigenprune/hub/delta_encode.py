@@ -173,9 +173,15 @@ def _check_storable(name: str, tensor: Tensor) -> None:
 def _check_values(name: str, tuned: Tensor, mask: Tensor | None, precision: str) -> None:
     if not tuned.is_floating_point() or DTYPE_NAMES[tuned.dtype] not in FLOATING:
         return
-    kept = tuned if mask is None else tuned[mask]
-    if not torch.isfinite(kept).all():
+    if not _finite_where_kept(tuned, mask):
         raise WeightError(f"{name} of the fine-tuned model holds NaN or infinity: there is nothing to keep")
     rounded = PRECISIONS[precision]
-    if rounded is not None and not torch.isfinite(kept.to(DTYPES[rounded])).all():
+    if rounded is not None and not _finite_where_kept(tuned.to(DTYPES[rounded]), mask):
         raise WeightError(f"{name} holds values too large for {precision}: use precision exact or bfloat16")
+
+
+def _finite_where_kept(tuned: Tensor, mask: Tensor | None) -> bool:
+    finite = torch.isfinite(tuned)
+    if mask is not None:
+        finite |= ~mask
+    return bool(finite.all())

@@ -26,7 +26,7 @@ IMPORTS_BY_NAME = {
 GETATTR_BY_NAME = {
     "eigenprune/__init__.py": "the literal table of public names",
     "eigenprune/config.py": "the names of integer settings, a literal tuple",
-    "eigenprune/prune.py": "the names of settings, a literal tuple",
+    "eigenprune/prune/savable.py": "the names of settings, a literal tuple",
     "eigenprune/memory.py": "names of C functions, literals at the callers",
     "eigenprune/ops/_autocast.py": "the name of a dispatch key, made from a device type",
     "eigenprune/hub/model_class.py": "only names in the closed list of model classes of transformers",

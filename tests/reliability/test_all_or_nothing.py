@@ -16,7 +16,9 @@ from eigenprune.layers import LowRankLinear, select_layers
 from tests.helpers.compare import state_hashes
 from tests.helpers.tiny_models import logits, tiny_model, token_windows
 
-main_path = importlib.import_module("eigenprune.prune")  # the function of the same name hides the module
+choose, factor, main_path, savable = (
+    importlib.import_module(f"eigenprune.prune.{step}") for step in ("choose", "factor", "prune", "savable")
+)
 factored = importlib.import_module("eigenprune.spectral.factored")
 
 
@@ -56,11 +58,11 @@ def _at(call: int, real: Callable[..., Any], error: BaseException) -> Callable[.
 LAYERS = len(select_layers(tiny_model("gpt2")).chosen)
 # Stage -> (owner, attribute): what the stage calls once for each layer.
 PER_LAYER = {
-    "spectra": (main_path, "rank_options"),
-    "factors": (main_path, "layer_of_factors"),
+    "spectra": (choose, "rank_options"),
+    "factors": (factor, "layer_of_factors"),
     "pivots": (factored, "pivot_factors"),
     "new layer": (LowRankLinear, "from_factors"),
-    "swapping": (main_path, "replace_module_"),
+    "swapping": (factor, "replace_module_"),
 }
 
 
@@ -97,9 +99,9 @@ def _once(flaky: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., 
 
 # After the last layer is swapped: (owner, attribute).
 LATE = {
-    "report": (main_path, "_layer_reports"),
-    "facts of the base": (main_path, "base_facts"),
-    "versions": (main_path, "versions"),
+    "report": (main_path, "layer_reports"),
+    "facts of the base": (savable, "base_facts"),
+    "versions": (savable, "versions"),
     "quantizer": (AutoHfQuantizer, "from_config"),
     "end of the quantizer": (EigenpruneHfQuantizer, "_process_model_after_weight_loading"),
 }

@@ -17,7 +17,7 @@ from eigenprune.layers import select_layers
 from tests.helpers.compare import state_hashes, tensor_hash
 from tests.helpers.tiny_models import tiny_model, token_windows
 
-main_path = importlib.import_module("eigenprune.prune")
+factor = importlib.import_module("eigenprune.prune.factor")
 WINDOWS = token_windows(6)
 LAYERS = len(select_layers(tiny_model("llama")).chosen)
 
@@ -100,7 +100,7 @@ def test_g38_pruning_killed_at_any_layer_ends_with_the_same_bits_and_measures_no
     assert len(factored) >= 12
     for step in range(len(factored)):
         folder = tmp_path / str(step)
-        assert _killed_at(step, main_path, "replace_module_", lambda folder=folder: _prune(tiny_model("llama"), folder))
+        assert _killed_at(step, factor, "replace_module_", lambda folder=folder: _prune(tiny_model("llama"), folder))
         model = tiny_model("llama")
         runs: list[int] = []
         handle = model.register_forward_pre_hook(lambda *_args, runs=runs: runs.append(1))  # type: ignore[misc]
@@ -116,7 +116,7 @@ def test_g38_pruning_interrupted_at_any_layer_can_be_called_again(
 ) -> None:
     wanted, model = tiny_model("llama"), tiny_model("llama")
     _prune(wanted, tmp_path)
-    real = main_path.layer_of_factors
+    real = factor.layer_of_factors
     for step in range(LAYERS):
         left = [step]
 
@@ -127,7 +127,7 @@ def test_g38_pruning_interrupted_at_any_layer_can_be_called_again(
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(main_path, "layer_of_factors", interrupted)
+            patch.setattr(factor, "layer_of_factors", interrupted)
             try:
                 _prune(model, tmp_path)
                 break  # fewer layers than that are factored
