@@ -82,7 +82,7 @@ METHODS: dict[str, Method] = {
         "gram",
         "gram",
         "global",
-        "kfac-probe and kfac-seq together: two to three times the time of kfac",
+        "kfac-probe and kfac-seq together; slower than kfac",
         shift=1.0,
         mend_residual=True,
         probe=True,
