@@ -37,7 +37,7 @@ class Fault:
 
 
 DECOMPOSE, LAYER, SAVE = "spectral/decompose.py", "layers/low_rank_linear.py", "hub/save.py"
-RENAME, PRUNE, CHECKPOINT, CACHE = "hub/rename.py", "prune.py", "hub/checkpoint.py", "calibrate/cache.py"
+RENAME, PRUNE, CHECKPOINT, CACHE = "hub/rename.py", "prune/layers_to_prune.py", "hub/checkpoint.py", "calibrate/cache.py"
 OF_DECOMPOSE = ("tests/spectral/test_decompose.py",)
 OF_ATOMIC = "tests/reliability/test_atomic_save.py"
 OF_NAMES = "tests/reliability/test_names.py"
