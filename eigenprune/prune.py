@@ -180,20 +180,21 @@ def _prune_for_task_(model: nn.Module, config: EigenpruneConfig, given: _Given) 
     _require_layers(selection.chosen, selection.skipped)
     _check_weights(selection.chosen)
     clock, before = _Clock(), _size(model)
-    windows = given.windows
     with clock("texts"):
-        if windows is None and (given.task is None or given.task.retention is None or config.keep < 1):
+        task = given.task or named_task(model, config.task, given.tokenizer)
+        windows, retention = given.windows, task.retention
+        if windows is None and (retention is None or config.keep < 1):
             where = given.cache_dir or default_cache_dir()
             windows = _calibration(model, config, given.tokenizer, given.texts, None, where, given.progress).windows
-        task = given.task or named_task(model, config.task, given.tokenizer)
-        retention = windows[:RETENTION_WINDOWS, :RETENTION_WINDOW] if task.retention is None else task.retention
+        if retention is None and windows is not None:
+            retention = windows[:RETENTION_WINDOWS, :RETENTION_WINDOW]
     without = [name for name, module in selection.chosen.items() if module.bias is None]
     with _undo_on_error(model, {}), _weights_kept(selection.chosen if given.restore_on_error else {}):
         with clock("removal"):
             removal = remove_(
                 model,
                 task.examples,
-                retention=retention,
+                retention=() if retention is None else retention,
                 held_out=task.held_out,
                 worth=find_method(config.method).worth,
                 remove=DEFAULT_REMOVE if config.remove is None else config.remove,
@@ -242,17 +243,19 @@ def _dense_reports(selection: Selection, removal: RemovalReport) -> Iterator[Lay
 @contextmanager
 def _weights_kept(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put the weights and biases of `layers` back, bit for bit, if anything fails."""
-    kept = {name: (dense_weight(layer).detach().clone(), layer.bias) for name, layer in layers.items()}
-    biases = {name: None if bias is None else bias.detach().clone() for name, (_, bias) in kept.items()}
+    weights = {name: dense_weight(layer).detach().clone() for name, layer in layers.items()}
+    biases = {name: dict(layer.named_parameters()).get("bias") for name, layer in layers.items()}
+    values = {name: None if bias is None else bias.detach().clone() for name, bias in biases.items()}
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for name, (weight, bias) in kept.items():
-                dense_weight(layers[name]).copy_(weight)
-                layers[name].bias = bias
-                if bias is not None:
-                    bias.copy_(biases[name])
+            for name, bias in biases.items():
+                dense_weight(layers[name]).copy_(weights[name])
+                layers[name].register_parameter("bias", bias)
+                value = values[name]
+                if bias is not None and value is not None:
+                    bias.copy_(value)
         raise
 
 
