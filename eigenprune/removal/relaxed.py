@@ -24,8 +24,8 @@ RATE = 0.03  # of a step; a gate can go from 1 to 0 in some thirty
 MOMENTS = (0.9, 0.999)  # Adam's
 FREE = 0.15  # of the steps have no pressure
 PRESSURE = (0.002, 0.3)  # then it grows by a constant factor between these, in nats an example
-CENTRE = 0.75  # gates above are driven to 1, those below to 0
-COST = 0.0002  # nats an example that each frozen component must be worth
+CENTRE = 0.5  # gates above are driven to 1, those below to 0
+COST = 0.001  # nats an example that each frozen component must be worth
 
 
 def searched(
