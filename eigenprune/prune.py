@@ -25,15 +25,16 @@ from eigenprune.config import EigenpruneConfig
 from eigenprune.errors import ConfigError, WeightError
 from eigenprune.layers import (
     LowRankLinear,
-    Selection,
     dense_weight,
     low_rank_layers,
     replace_module_,
     select_layers,
+    undo_on_error,
+    weights_kept,
 )
 from eigenprune.memory import page_span, release_pages, release_unused
-from eigenprune.removal import RemovalReport, TaskExamples, named_task, remove_
-from eigenprune.report import LayerReport, PruneReport, base_facts, versions
+from eigenprune.removal import TaskExamples, named_task, remove_
+from eigenprune.report import LayerReport, PruneReport, base_facts, dense_reports, versions
 from eigenprune.spectral import (
     Choice,
     Components,
@@ -139,7 +140,7 @@ def prune_(
             release_unused()
         choices = allocate(options, config.keep, allocation)
     before = _size(model)
-    with clock("factors"), _undo_on_error(model, chosen if restore_on_error else {}):
+    with clock("factors"), undo_on_error(model, chosen if restore_on_error else {}):
         for name in _bar([name for name in chosen if choices[name].rank], "factors", progress):
             module = chosen[name] if restore_on_error else chosen.pop(name)
             metric = layer_metric(method, statistics, name, dense_weight(module).device)
@@ -180,20 +181,21 @@ def _prune_for_task_(model: nn.Module, config: EigenpruneConfig, given: _Given) 
     _require_layers(selection.chosen, selection.skipped)
     _check_weights(selection.chosen)
     clock, before = _Clock(), _size(model)
-    windows = given.windows
     with clock("texts"):
-        if windows is None and (given.task is None or given.task.retention is None or config.keep < 1):
+        task = given.task or named_task(model, config.task, given.tokenizer)
+        windows, retention = given.windows, task.retention
+        if windows is None and (retention is None or config.keep < 1):
             where = given.cache_dir or default_cache_dir()
             windows = _calibration(model, config, given.tokenizer, given.texts, None, where, given.progress).windows
-        task = given.task or named_task(model, config.task, given.tokenizer)
-        retention = windows[:RETENTION_WINDOWS, :RETENTION_WINDOW] if task.retention is None else task.retention
+        if retention is None and windows is not None:
+            retention = windows[:RETENTION_WINDOWS, :RETENTION_WINDOW]
     without = [name for name, module in selection.chosen.items() if module.bias is None]
-    with _undo_on_error(model, {}), _weights_kept(selection.chosen if given.restore_on_error else {}):
+    with undo_on_error(model, {}), weights_kept(selection.chosen if given.restore_on_error else {}):
         with clock("removal"):
             removal = remove_(
                 model,
                 task.examples,
-                retention=retention,
+                retention=() if retention is None else retention,
                 held_out=task.held_out,
                 worth=find_method(config.method).worth,
                 remove=DEFAULT_REMOVE if config.remove is None else config.remove,
@@ -203,6 +205,7 @@ def _prune_for_task_(model: nn.Module, config: EigenpruneConfig, given: _Given) 
                 **dict(task.settings),
             )
         biases = [name for name in without if selection.chosen[name].bias is not None]
+        removed = {name: int(mask.sum()) for name, mask in removal.removal.masks.items()}
         if config.keep < 1:
             rest = replace(config, method="kfac", task=None, remove=None)
             compressed = prune_(
@@ -217,7 +220,7 @@ def _prune_for_task_(model: nn.Module, config: EigenpruneConfig, given: _Given) 
             layers, calibration = compressed.layers, compressed.calibration
             clock.seconds |= compressed.seconds
         else:
-            layers, calibration = tuple(_dense_reports(selection, removal)), {}
+            layers, calibration = dense_reports(selection.shapes, selection.skipped, removed), {}
         report = PruneReport(
             layers=layers,
             settings=_settings(config, config.allocation or find_method(config.method).allocation)
@@ -230,30 +233,6 @@ def _prune_for_task_(model: nn.Module, config: EigenpruneConfig, given: _Given) 
         )
         _make_savable(model, config, report, biases)
     return report
-
-
-def _dense_reports(selection: Selection, removal: RemovalReport) -> Iterator[LayerReport]:
-    for name, shape in selection.shapes.items():
-        gone = int(removal.removal.masks[name].sum()) if name in removal.removal.masks else 0
-        reason = f"{gone} components removed" if gone else selection.skipped.get(name, "no component removed")
-        yield LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], None, reason)
-
-
-@contextmanager
-def _weights_kept(layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put the weights and biases of `layers` back, bit for bit, if anything fails."""
-    kept = {name: (dense_weight(layer).detach().clone(), layer.bias) for name, layer in layers.items()}
-    biases = {name: None if bias is None else bias.detach().clone() for name, (_, bias) in kept.items()}
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for name, (weight, bias) in kept.items():
-                dense_weight(layers[name]).copy_(weight)
-                layers[name].bias = bias
-                if bias is not None:
-                    bias.copy_(biases[name])
-        raise
 
 
 def factored_layer(module: nn.Module, metric: Metric, rank: int, layout: str) -> LowRankLinear:
@@ -340,23 +319,6 @@ def _check_weights(layers: Mapping[str, nn.Module]) -> None:
             row, column = (~finite).nonzero()[0].tolist()
             count = int((~finite).sum())
             raise WeightError(f"{name} holds {count} NaN or infinite weights, the first at [{row}, {column}]")
-
-
-@contextmanager
-def _undo_on_error(model: nn.Module, dense: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put the `dense` layers and the attributes of model and config back if anything fails, an interrupt included."""
-    configs = (getattr(part, "config", None) for part in model.modules())
-    owners = [model, *(config for config in configs if hasattr(config, "__dict__"))]
-    attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
-    try:
-        yield
-    except BaseException:
-        for name, module in dense.items():
-            replace_module_(model, name, module)
-        for now, then in attributes:
-            now.clear()
-            now.update(then)
-        raise
 
 
 def _layer_reports(

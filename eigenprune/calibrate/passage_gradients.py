@@ -92,7 +92,7 @@ def passage_gradients(
             loss = batch_losses(model, sums.batch)[0].sum()
             if not bool(torch.isfinite(loss)):
                 raise WeightError("the loss of an example is NaN or infinite: check the weights of the model")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
             sums.tokens += int(sums.batch.mask.sum())
             release_unused()
