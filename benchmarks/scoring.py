@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(".models"), help="folder with smollm2-135m-instruct")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32, help="of a prompt")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

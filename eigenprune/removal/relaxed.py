@@ -78,9 +78,8 @@ def pressure(step: int, steps: int) -> float:
 def masks_of(gates: dict[str, Tensor], limit: int) -> dict[str, Tensor]:
     """Components whose gate is below a half, the lowest `limit` of them: {layer: [slices, rank] bool}."""
     values = torch.cat([gate.flatten() for gate in gates.values()])
-    low = values.sort().values[:limit]
-    bound = min(0.5, float(low[-1]) + 1e-12) if limit else 0.0
-    masks = {name: gate < bound for name, gate in gates.items()}
-    if sum(int(mask.sum()) for mask in masks.values()) > limit:  # equal gates at the bound: strictly below it, then
-        masks = {name: gate < float(low[-1]) for name, gate in gates.items()}
+    chosen = torch.zeros_like(values, dtype=torch.bool)
+    chosen[values.argsort(stable=True)[:limit]] = True
+    parts = (chosen & (values < 0.5)).split([gate.numel() for gate in gates.values()])
+    masks = {name: part.view_as(gate) for (name, gate), part in zip(gates.items(), parts, strict=True)}
     return {name: mask for name, mask in masks.items() if bool(mask.any())}
