@@ -31,8 +31,7 @@ TIMES_SHARE, PRODUCT_SHARE = 0.6, 0.3
 def new_model(seed: int) -> GPT2LMHeadModel:
     """2 layers, 4 heads, width 96, untied, without dropout, norms without gain: 0.3 million parameters.
 
-    Weights start at 1 / sqrt(width). GPT-2's own 0.02 makes a model of this width concentrate what it learns in a few
-    large components, of which each serves both signs.
+    Weights start at 1 / sqrt(width); GPT-2's own 0.02 is for models much wider.
     """
     torch.manual_seed(seed)
     config = GPT2Config(
