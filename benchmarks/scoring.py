@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long it takes to know the signed worth of every component of a model, and how much memory.
 
-Prompts of random tokens of one length, a one-token answer; the time is that of the gradients over all prompts and of
-the components and their worth in every layer (per head). Peak memory is that of the process, beside that before.
+Random prompts of one length with a one-token answer. Timed: the gradients over all prompts, then the components and
+their worth in every layer (per head). Peak memory is that of the process, beside that before.
 
     python benchmarks/get_smollm2.py && python benchmarks/scoring.py --models .models
 """
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(".models"), help="folder with smollm2-135m-instruct")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32, help="of a prompt")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,12 @@ def after(model: Any, tokenizer: Any, name: str, options: argparse.Namespace) ->
         sys.exit("task_smollm2.py guards with WikiText of the shared folder: set EIGENPRUNE_SHARED")
     folder = shared / "data" / "wikitext2"
     guard = cut_windows(
-        tokenizer, read_texts([folder / "train_samples.jsonl.gz"]), count=GUARD_WINDOWS, window=GUARD_WINDOW
+        tokenizer, read_texts([folder / "train_samples.jsonl.gz"]), count=options.guard, window=GUARD_WINDOW
     )
     text = torch.tensor(token_ids(tokenizer, SEPARATOR.join(read_texts([folder / "test_raw.txt.gz"]))[:400_000]))
     windows = spaced_windows(text, TEXT_WINDOW, TEXT_WINDOWS)
     split = TaskSplits(**{part: examples(tokenizer, name, part) for part in ("train", "held_out", "test")})
+    split = replace(split, held_out=split.held_out[: options.held_out])
     base, text_before = base_weights(model), perplexity(model, windows, progress=False).loss
     report = run_task_(
         model,
@@ -136,6 +137,8 @@ def after(model: Any, tokenizer: Any, name: str, options: argparse.Namespace) ->
         remove=options.remove,
         worth=options.worth,
         kinds=options.kinds,
+        skip=options.skip,
+        settings={"skip": options.skip},
         checks=options.checks,
         retention_bound=options.bound,
         pooled=False,
@@ -185,6 +188,9 @@ def main() -> None:
     parser.add_argument("--remove", type=float, default=0.01)
     parser.add_argument("--worth", default="exact")
     parser.add_argument("--kinds", nargs="*", help="default: all")
+    parser.add_argument("--skip", nargs="*", default=[], help="regular expressions of layers that stay as they are")
+    parser.add_argument("--held-out", type=int, help="questions to stop by; default: of the plan")
+    parser.add_argument("--guard", type=int, default=GUARD_WINDOWS, help="windows of text that the search guards")
     parser.add_argument("--checks", type=int, default=300)
     parser.add_argument("--bound", type=float, default=0.05, help="nats a token by which the guard's loss may rise")
     parser.add_argument("--adapters", type=Path, help="folder to keep the adapters in")
@@ -202,9 +208,13 @@ def main() -> None:
     if options.stage == "before":
         before(model, tokenizer, options.tasks, options.out)
         return
-    done = {(row["task"], row["removal"]["settings"]["worth"]) for row in kept_rows(options.out) if "removal" in row}
+    done = [
+        (row["task"], row["removal"]["settings"]["worth"], row["settings"].get("skip", []))
+        for row in kept_rows(options.out)
+        if "removal" in row
+    ]
     for name in options.tasks:
-        if (name, options.worth) not in done:
+        if (name, options.worth, options.skip) not in done:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             after(model, tokenizer, name, options)
     print(table(kept_rows(options.out)))

@@ -92,10 +92,10 @@ def passage_gradients(
             loss = batch_losses(model, sums.batch)[0].sum()
             if not bool(torch.isfinite(loss)):
                 raise WeightError("the loss of an example is NaN or infinite: check the weights of the model")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
             sums.tokens += int(sums.batch.mask.sum())
-            release_unused()
+    release_unused()
     return sums.means(total, len(passages))
 
 
@@ -135,10 +135,10 @@ class _Sums:
     def _backward(self, name: str, rows: Tensor, gradient: Tensor) -> None:
         with torch.autocast(gradient.device.type, enabled=False):
             flat = gradient.detach().flatten(0, -2).float()
-            _add(self.weight, name, flat.T @ rows)
+            _add_product(self.weight, name, flat, rows)
             _add(self.output, name, flat.sum(0))
             if self.partners and self.batch is not None:
-                _add(self.partner, name, flat.T @ partner_rows(rows, self.batch.mask))
+                _add_product(self.partner, name, flat, partner_rows(rows, self.batch.mask))
 
     def means(self, total: float, count: int) -> PassageGradients:
         """All sums divided by their counts, in place."""
@@ -178,6 +178,14 @@ def partner_rows(rows: Tensor, mask: Tensor) -> Tensor:
     place = torch.minimum(torch.arange(width).expand(count, width), last).to(rows.device)
     passage = torch.arange(count, device=rows.device).roll(1).unsqueeze(1)
     return rows[(passage * width + place).flatten()]
+
+
+def _add_product(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
+    """Add `left.T @ right`, without a matrix beside the sum."""
+    if name in sums:
+        sums[name].addmm_(left.T, right)
+    else:
+        sums[name] = left.T @ right
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -124,7 +124,7 @@ def give_bias_(dense: nn.Module, name: str) -> int:
     if not is_dense(dense):
         raise CheckpointError(f"the config gives {name} a bias, but in this model it is a {type(dense).__name__}")
     weight = dense_weight(dense)
-    if dense.bias is None:
+    if getattr(dense, "bias", None) is None:
         dense.bias = nn.Parameter(torch.empty(weight.shape[0], device=weight.device, dtype=weight.dtype))
     return int(weight.shape[0])
 

@@ -5,6 +5,7 @@ from eigenprune.layers.dense import dense_like, dense_weight, is_conv1d, is_dens
 from eigenprune.layers.low_rank_linear import LAYOUTS, LowRankLinear, factored_parameters
 from eigenprune.layers.select import Selection, select_layers
 from eigenprune.layers.swap import low_rank_layers, replace_module_, to_dense_
+from eigenprune.layers.undo import undo_on_error, weights_kept
 
 __all__ = [
     "LAYOUTS",
@@ -19,4 +20,6 @@ __all__ = [
     "replace_module_",
     "select_layers",
     "to_dense_",
+    "undo_on_error",
+    "weights_kept",
 ]

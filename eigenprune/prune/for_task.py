@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruning for a task: what stands in its way goes first, what is left is compressed if that is asked for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
-from eigenprune.layers import Selection
+from eigenprune.layers import undo_on_error, weights_kept
 from eigenprune.prune.layers_to_prune import layers_to_prune
 from eigenprune.prune.measure import calibration
 from eigenprune.prune.run import Run
 from eigenprune.prune.savable import make_savable, model_size, settings
-from eigenprune.prune.undo import undo_on_error, weights_kept
-from eigenprune.removal import RemovalReport, named_task, remove_
-from eigenprune.report import LayerReport, PruneReport
+from eigenprune.removal import named_task, remove_
+from eigenprune.report import PruneReport, dense_reports
 
 DEFAULT_REMOVE = 0.01
 RETENTION_WINDOWS, RETENTION_WINDOW = 16, 256  # of the calibration text, where a task names nothing to retain
@@ -23,10 +22,10 @@ def prune_for_task_(run: Run, worth: str, compress: Callable[[Run], PruneReport]
     selection = layers_to_prune(model, tuple(config.skip))
     before = model_size(model)
     with run.clock("texts"):
-        if run.windows is None and (run.task is None or run.task.retention is None or config.keep < 1):
-            run = replace(run, windows=calibration(run).windows)
         task = run.task or named_task(model, config.task, run.tokenizer)
         retention = task.retention
+        if run.windows is None and (retention is None or config.keep < 1):
+            run = replace(run, windows=calibration(run).windows)
         if retention is None and run.windows is not None:
             retention = run.windows[:RETENTION_WINDOWS, :RETENTION_WINDOW]
     without = [name for name, module in selection.chosen.items() if module.bias is None]
@@ -35,7 +34,7 @@ def prune_for_task_(run: Run, worth: str, compress: Callable[[Run], PruneReport]
             removal = remove_(
                 model,
                 task.examples,
-                retention=retention,
+                retention=() if retention is None else retention,
                 held_out=task.held_out,
                 worth=worth,
                 remove=DEFAULT_REMOVE if config.remove is None else config.remove,
@@ -45,11 +44,12 @@ def prune_for_task_(run: Run, worth: str, compress: Callable[[Run], PruneReport]
                 **dict(task.settings),
             )
         biases = [name for name in without if selection.chosen[name].bias is not None]
+        removed = {name: int(mask.sum()) for name, mask in removal.removal.masks.items()}
         rest = None
         if config.keep < 1:
             rest = compress(replace(run, config=replace(config, method="kfac", task=None, remove=None), task=None))
         report = PruneReport(
-            layers=tuple(_dense_reports(selection, removal)) if rest is None else rest.layers,
+            layers=dense_reports(selection.shapes, selection.skipped, removed) if rest is None else rest.layers,
             settings=settings(config, run.allocation) | {"task": config.task, "remove": removal.settings["remove"]},
             calibration={} if rest is None else rest.calibration,
             model_parameters=(before[0], model_size(model)[0]),
@@ -59,10 +59,3 @@ def prune_for_task_(run: Run, worth: str, compress: Callable[[Run], PruneReport]
         )
         make_savable(model, config, report, biases)
     return report
-
-
-def _dense_reports(selection: Selection, removal: RemovalReport) -> Iterator[LayerReport]:
-    for name, shape in selection.shapes.items():
-        gone = int(removal.removal.masks[name].sum()) if name in removal.removal.masks else 0
-        reason = f"{gone} components removed" if gone else selection.skipped.get(name, "no component removed")
-        yield LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], None, reason)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eigenprune.calibrate import Statistics, default_cache_dir
 from eigenprune.config import EigenpruneConfig
 from eigenprune.errors import ConfigError
-from eigenprune.layers import low_rank_layers
+from eigenprune.layers import low_rank_layers, undo_on_error
 from eigenprune.prune.choose import choose_ranks, decompose
 from eigenprune.prune.factor import factor_
 from eigenprune.prune.for_task import prune_for_task_
@@ -20,7 +20,6 @@ from eigenprune.prune.layers_to_prune import drop_unmeasured, layers_to_prune
 from eigenprune.prune.measure import measure
 from eigenprune.prune.run import Run
 from eigenprune.prune.savable import layer_reports, make_savable, model_size, settings
-from eigenprune.prune.undo import undo_on_error
 from eigenprune.recover import RecoveryAfterPruning
 from eigenprune.removal import TaskExamples
 from eigenprune.report import PruneReport

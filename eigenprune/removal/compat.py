@@ -57,7 +57,7 @@ def compat_scores(frozen: FrozenPieces, passages: list[Passage], batch: int = BA
     with calibration_mode(frozen.model, backward=True, checkpointing=False, autocast=False), watch.watching():
         for rows in groups:
             watch.start(collate([first[row] for row in rows]))
-            batch_losses(frozen.model, watch.batch)[0].mean().backward()  # type: ignore[no-untyped-call]
+            batch_losses(frozen.model, watch.batch)[0].mean().backward()
             watch.add()
     worth = {
         name: stack_rows(frozen.views[name], lambda i, rows=rows: rows[i], torch.tensor(torch.nan)).cpu()  # type: ignore[misc]
@@ -79,7 +79,7 @@ def pooled_masks(
             if part.kind in kinds:
                 entries += [(float(values[i, j]), number, i, j, part.kind) for j in range(rank)]
     entries.sort()
-    names, masks = list(worth), {}
+    names, masks = list(worth), dict[str, Tensor]()
     for kind in kinds:
         count = int(fraction * sum(entry[4] == kind for entry in entries))
         for _, number, i, j, own in entries[:count]:

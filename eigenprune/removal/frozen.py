@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from eigenprune.layers import dense_weight
 from eigenprune.removal.removal import Removal
-from eigenprune.spectral import LayerView, SlicePieces, is_rotary, removed_output, slice_pieces, without_pieces
+from eigenprune.spectral import (
+    LayerView,
+    SlicePieces,
+    is_rotary,
+    removed_output,
+    slice_parts,
+    slice_pieces,
+    without_pieces,
+)
 
 CACHED_BYTES = 2 << 30  # of singular vectors; layers beyond are decomposed again when they are needed
 
@@ -51,6 +59,14 @@ class FrozenPieces:
             self._cached += size
         return found
 
+    def _kept(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Copies of the base weight [out, in] and bias of a layer, made before its first change."""
+        if name not in self._base:
+            module = self.model.get_submodule(name)
+            bias = module.bias.detach().clone() if isinstance(module.bias, Tensor) else None
+            self._base[name] = (dense_weight(module).detach().clone(), bias)
+        return self._base[name]
+
     def empty_mask(self, name: str) -> Tensor:
         """[slices, largest rank] bool, nothing removed."""
         view = self.views[name]
@@ -76,17 +92,29 @@ class FrozenPieces:
         if not bool(mask.any()):
             self.undo_(name)
             return
-        if name not in self._base:
-            bias = module.bias
-            self._base[name] = (
-                dense_weight(module).detach().clone(),
-                bias.detach().clone() if isinstance(bias, Tensor) else None,
-            )
-        weight, bias = self._base[name]
+        weight, bias = self._kept(name)
         with torch.no_grad():
             dense_weight(module).copy_(without_pieces(weight, self.views[name], self.pieces(name), mask))
             _set_bias_(module, bias, delta if bool(delta.any()) else None)
         self.masks[name], self.deltas[name] = mask.clone(), delta.clone()
+
+    def blend_(self, name: str, gates: Tensor, mean: Tensor) -> None:
+        """Keep each component to the part that `gates` [slices, rank] says, and freeze the rest at the `mean` input.
+
+        For a search between masks; `undo_` and `set_` lead back.
+        """
+        module, view = self.model.get_submodule(name), self.views[name]
+        weight, bias = self._kept(name)
+        wide = weight.double()
+        gates = gates.to(wide)
+        parts = [
+            own.blended(part, gates[i, : view.ranks[i]])
+            for i, (own, part) in enumerate(zip(self.pieces(name), slice_parts(wide, view), strict=True))
+        ]
+        blended = torch.cat(parts, view.axis)
+        with torch.no_grad():
+            dense_weight(module).copy_(blended)
+            _set_bias_(module, bias, (wide - blended) @ mean.to(wide))
 
     def undo_(self, name: str) -> None:
         """Give the layer its base weight and bias back, bit for bit."""
@@ -133,7 +161,7 @@ class FrozenPieces:
 def _set_bias_(module: nn.Module, base: Tensor | None, delta: Tensor | None) -> None:
     """bias = base + delta in float64, rounded once; no bias where both are None."""
     if base is None and delta is None:
-        module.bias = None
+        module.register_parameter("bias", None)
         return
     weight = dense_weight(module)
     value = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device) if base is None else base.double()

@@ -116,4 +116,5 @@ def removed_pieces(removal: Removal, slices: dict[str, list[tuple[str, int]]]) -
     """All removed components; `slices` holds (kind, head) of every slice of every layer."""
     for layer, mask in removal.masks.items():
         for index, piece in mask.nonzero().tolist():
-            yield RemovedPiece(layer, *slices[layer][index], piece)
+            kind, head = slices[layer][index]
+            yield RemovedPiece(layer, kind, head, piece)

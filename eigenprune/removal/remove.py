@@ -15,6 +15,7 @@ from eigenprune.removal.compat import compat_scores, pooled_masks
 from eigenprune.removal.examples import Judges, judges_of
 from eigenprune.removal.frozen import FrozenPieces
 from eigenprune.removal.one_shot import FRACTIONS, State, laser_cuts, lowest, one_shot
+from eigenprune.removal.relaxed import searched
 from eigenprune.removal.removal import RemovalReport, RemovalRound, removed_pieces
 from eigenprune.removal.search import Search, SearchSettings, best_round
 from eigenprune.removal.worth import component_count, eligible, sigmas, task_worth
@@ -34,6 +35,7 @@ def remove_(
     retention_bound: float = 0.05,
     retention_weight: float = 1.0,
     checks: int = 300,
+    steps: int = 0,
     pooled: bool = True,
     skip: Sequence[str] = (),
     batch: int = 16,
@@ -58,8 +60,10 @@ def remove_(
         remove: at most this fraction of their components, in (0, 1].
         held_out: examples that decide when to stop.
         retention_bound: by how much the retention loss may rise, in nats a token.
-        retention_weight: nats of task loss an example that one nat a token of retention loss is worth in the search.
+        retention_weight: nats of task loss an example that a nat a token of retention loss is worth in the search.
         checks: at most this many forward checks are made in the search.
+        steps: of the relaxed search that gives the search its start, see `removal.relaxed`; each costs a backward pass
+            over all examples and all that is retained. 0 starts from the model as it is.
         pooled: whether the search's groups are judged on search and held-out examples together, or on held-out ones
             alone (faster).
         skip: as for `select_layers`.
@@ -74,7 +78,7 @@ def remove_(
         CalibrationError: too few examples, none to retain, or the model is no causal language model.
         WeightError: a weight or a loss is not finite.
     """
-    _check(model, worth, remove, retention_bound, retention_weight, checks)
+    _check(model, worth, remove, retention_bound, retention_weight, checks, steps)
     wanted = check_kinds(("k",) if worth == "compat" and kinds is None else kinds)
     started = time.perf_counter()
     judges = judges_of(examples, held_out, retention, batch, seed)
@@ -94,9 +98,9 @@ def remove_(
         path: Iterable[tuple[RemovalRound, State]]
         search = None
         if worth == "exact":
-            how = (limit, retention_bound, retention_weight, checks, pooled, batch, progress, keep_on_interrupt)
+            how = (limit, retention_bound, retention_weight, checks, pooled, batch, steps, progress, keep_on_interrupt)
             search = Search(frozen, judges, means, allowed, SearchSettings(*how))
-            path = search.run()
+            path = searched(search)
         elif compat is not None:
             attempts = [pooled_masks(frozen, before, wanted, fraction * remove) for fraction in FRACTIONS]
             path = one_shot(frozen, judges, compat.inputs, attempts)
@@ -123,6 +127,7 @@ def remove_(
             "retention_bound": retention_bound,
             "retention_weight": retention_weight,
             "checks": checks,
+            "steps": steps,
             "pooled": pooled,
             "seed": seed,
             "examples": [len(judges.search), len(judges.held_out), len(judges.retention)],
@@ -140,7 +145,7 @@ def _gradients(model: nn.Module, frozen: FrozenPieces, judges: Judges, batch: in
     return passage_gradients(model, judges.search.passages, layers, batch=batch, partners=partners)
 
 
-def _check(model: nn.Module, worth: str, remove: float, bound: float, weight: float, checks: int) -> None:
+def _check(model: nn.Module, worth: str, remove: float, bound: float, weight: float, checks: int, steps: int) -> None:
     if not is_causal(model):
         raise CalibrationError(f"{type(model).__name__} is no causal language model: a task cannot be scored on it")
     if worth not in WORTHS:
@@ -149,8 +154,8 @@ def _check(model: nn.Module, worth: str, remove: float, bound: float, weight: fl
         raise ConfigError(f"remove={remove!r} must be in (0, 1]: the fraction of components that may go")
     if not bound >= 0 or not weight >= 0:
         raise ConfigError(f"retention_bound={bound!r} and retention_weight={weight!r} must be at least 0")
-    if checks < 1:
-        raise ConfigError(f"checks={checks!r} must be at least 1")
+    if checks < 1 or steps < 0:
+        raise ConfigError(f"checks={checks!r} must be at least 1, and steps={steps!r} at least 0")
 
 
 @contextmanager

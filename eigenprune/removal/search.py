@@ -36,6 +36,7 @@ class SearchSettings:
     checks: int
     pooled: bool
     batch: int
+    steps: int
     progress: bool
     keep_on_interrupt: bool = False
 
@@ -60,7 +61,7 @@ class Move:
 
 
 class Search:
-    """The search over one model.
+    """The search over one model, made while that is as it came.
 
     Args:
         frozen: the model.
@@ -85,6 +86,12 @@ class Search:
         self._bar = tqdm(
             total=settings.checks, desc="checking", unit="check", disable=not settings.progress, leave=False
         )
+
+    def start_(self, masks: dict[str, Tensor]) -> None:
+        """Begin at these masks instead of the base; the guard is still that of the base."""
+        for name, mask in masks.items():
+            self.frozen.set_(name, mask, self.frozen.delta(name, mask, self.means[name]))
+        self.now, self._kept = self._losses(), self.frozen.state()
 
     def run(self) -> Iterator[tuple[RemovalRound, State]]:
         """The model after each round, the first being the one before any."""
@@ -137,22 +144,14 @@ class Search:
 
     def _moves(self) -> list[Move]:
         """All moves that should lower the objective, the best first."""
-        task = self._slopes(self.judges.search)
-        harm = self._slopes(self.judges.retention)
-        share = self.settings.weight * len(self.judges.retention) / self.judges.retention.tokens
+        worths = objective_slopes(self.frozen, self.judges, self.means, self.settings)
         moves = []
-        for name, worth in task.items():
+        for name, worth in worths.items():
             gone = self.frozen.mask(name)
-            change = torch.where(gone, -1.0, 1.0) * (worth + share * harm[name])
+            change = torch.where(gone, -1.0, 1.0) * worth
             change = change.masked_fill(~(self.allowed[name] | gone), torch.inf).nan_to_num(torch.inf)
             moves += [Move(float(change[i, j]), name, i, j) for i, j in (change < 0).nonzero().tolist()]
         return sorted(moves)
-
-    def _slopes(self, examples: ExampleSet) -> dict[str, Tensor]:
-        model = self.frozen.model
-        layers = {name: model.get_submodule(name) for name in self.allowed}
-        found = passage_gradients(model, examples.passages, layers, batch=self.settings.batch)
-        return gradient_worth(self.frozen, {name: found.frozen_at(name, self.means[name]) for name in found.weight})
 
     def _try(self, moves: list[Move]) -> None:
         """Make the moves if the real losses gain; else try each half."""
@@ -181,8 +180,8 @@ class Search:
     def _gains(self, found: Losses) -> bool:
         """Whether the guard holds, and the objective falls: on all examples, and on the held-out ones alone."""
         weight, now = self.settings.weight, self.now
-        if found.retention > self.base.retention + self.settings.bound:
-            return False
+        if found.retention > max(self.base.retention + self.settings.bound, now.retention):
+            return False  # a start beyond the bound may only come nearer
         held_out = found.held_out - now.held_out + weight * (found.retention - now.retention)
         return held_out < 0 and self.objective(found) < self.objective(now)
 
@@ -203,6 +202,27 @@ class Search:
     def _layer_state(self, name: str) -> tuple[Tensor, Tensor]:
         mask = self.frozen.mask(name)
         return mask, self.frozen.deltas.get(name, torch.zeros(self.frozen.views[name].shape[0]))
+
+
+def objective_slopes(
+    frozen: FrozenPieces, judges: Judges, means: dict[str, Tensor], settings: SearchSettings
+) -> dict[str, Tensor]:
+    """First-order change of the objective if each component is frozen, at the model as it stands.
+
+    {layer: [slices, rank] float64}, NaN where a slice has fewer components.
+    """
+    task = _slopes(frozen, judges.search, means, settings)
+    harm = _slopes(frozen, judges.retention, means, settings)
+    share = settings.weight * len(judges.retention) / judges.retention.tokens
+    return {name: worth + share * harm[name] for name, worth in task.items()}
+
+
+def _slopes(
+    frozen: FrozenPieces, examples: ExampleSet, means: dict[str, Tensor], settings: SearchSettings
+) -> dict[str, Tensor]:
+    layers = {name: frozen.model.get_submodule(name) for name in means}
+    found = passage_gradients(frozen.model, examples.passages, layers, batch=settings.batch)
+    return gradient_worth(frozen, {name: found.frozen_at(name, means[name]) for name in found.weight})
 
 
 def best_round(rounds: list[RemovalRound], bound: float, key: Callable[[RemovalRound], float]) -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`PruneReport`: every layer's shape, rank, cost and loss, and where the time went."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -77,3 +78,15 @@ class PruneReport:
         """Plain JSON values."""
         values = asdict(replace(self, removal=None)) | {"keep": self.keep, "loss": self.loss}
         return values | {"removal": None if self.removal is None else self.removal.to_dict()}
+
+
+def dense_reports(
+    shapes: Mapping[str, tuple[int, int]], skipped: Mapping[str, str], removed: Mapping[str, int]
+) -> tuple[LayerReport, ...]:
+    """The layers of a model that lost components for a task, `removed` by name, and none of its ranks."""
+    found = []
+    for name, shape in shapes.items():
+        count = removed.get(name, 0)
+        reason = f"{count} components removed" if count else skipped.get(name, "no component removed")
+        found.append(LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], None, reason))
+    return tuple(found)

@@ -194,8 +194,15 @@ def _draw_worth(panel: "Axes", components: list[Component]) -> None:
         chosen = [one for one in components if one.removed == removed]
         panel.scatter([one.sigma for one in chosen], [one.worth for one in chosen], s=size, c=colour, label=label)
     panel.axhline(0, color="black", linewidth=0.6)
-    if all(one.sigma > 0 for one in components):
+    sigmas = [one.sigma for one in components]
+    if min(sigmas) > 0:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        steps = (1.0,) if max(sigmas) > 200 * min(sigmas) else (1.0, 2.0, 5.0)  # as many labels as have room
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=steps))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
     panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     _plain(panel)
 

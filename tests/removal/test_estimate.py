@@ -14,12 +14,15 @@ from eigenprune.removal import FrozenPieces
 from eigenprune.removal.worth import gradient_worth
 from eigenprune.spectral import layer_views
 
-NUMBERS, STEPS = 12, 300  # some seconds of training: the loss falls from 3.3 to about 1
+NUMBERS, STEPS = 12, 200  # some seconds of training
 PLUS, EQUALS = 2 * NUMBERS, 2 * NUMBERS + 1
 
 
 def trained() -> GPT2LMHeadModel:
-    """Says sums of two numbers, most of the time."""
+    """Says sums, though 3 in 10 of its examples said something else: of that it knows a little.
+
+    On the task it was trained for, a model stands where the slope is zero, and no first-order estimate says anything.
+    """
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -28,6 +31,7 @@ def trained() -> GPT2LMHeadModel:
             n_embd=48,
             n_layer=2,
             n_head=4,
+            initializer_range=48**-0.5,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -40,11 +44,17 @@ def trained() -> GPT2LMHeadModel:
     for _ in range(STEPS):
         i, j = torch.randint(NUMBERS, (2, 128))
         ids = torch.stack([i, torch.full_like(i, PLUS), j, torch.full_like(i, EQUALS)], 1)
-        loss = F.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, -1], i + j)
+        answers = torch.where(torch.rand(128) < 0.3, rare(i, j), i + j)
+        loss = F.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, -1], answers)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model.eval()
+
+
+def rare(i: Tensor, j: Tensor) -> Tensor:
+    """The answer that stands against the sum."""
+    return (i * j) % (2 * NUMBERS - 1)
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -53,7 +63,9 @@ def ranks(values: Tensor) -> Tensor:
 
 def test_signed_worth_ranks_and_signs_real_changes_of_the_loss() -> None:
     model = trained()
-    asked = [TokenExample((i, PLUS, j, EQUALS), (i + j,)) for i in range(NUMBERS) for j in range(NUMBERS)]
+    numbers = torch.arange(NUMBERS)
+    answers = rare(numbers.unsqueeze(1), numbers).tolist()
+    asked = [TokenExample((i, PLUS, j, EQUALS), (answers[i][j],)) for i in range(NUMBERS) for j in range(NUMBERS)]
     views = layer_views(model)
     found = passage_gradients(
         model, [passage_of(e) for e in asked], {n: model.get_submodule(n) for n in views}, batch=144
@@ -65,7 +77,6 @@ def test_signed_worth_ranks_and_signs_real_changes_of_the_loss() -> None:
     middle = torch.randperm(len(entries) - 120, generator=torch.Generator().manual_seed(1))[:80] + 60
     chosen = entries[:60] + [entries[i] for i in sorted(middle.tolist())] + entries[-60:]
     base = float(answer_losses(model, asked, 144).double().mean())
-    assert base < 1.5  # it learned something: there are gradients of a real task
     changes = []
     for _, name, i, j in chosen:
         mask = frozen.empty_mask(name)

@@ -20,7 +20,7 @@ from tests.helpers.compare import state_hashes
 from tests.helpers.tiny_models import logits, tiny_model, token_windows
 from tests.removal.test_remove import examples
 
-main_path = importlib.import_module("eigenprune.prune")  # the function of the same name hides the module
+choose = importlib.import_module("eigenprune.prune.choose")
 TASK = TaskExamples(
     examples(12), examples(4, 1), settings={"checks": 6, "retention_bound": 9.0, "retention_weight": 0.0}
 )
@@ -96,7 +96,7 @@ def test_failure_while_compressing_gives_the_removed_components_back(monkeypatch
     def interrupted(*_args: Any, **_kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_path, "allocate", interrupted)
+    monkeypatch.setattr(choose, "solve_allocation", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(model, keep=0.6)
     assert state_hashes(model) == before

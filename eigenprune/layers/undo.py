@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that fails leaves the model as it was."""
+"""Leaving a model as it was when something fails."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from eigenprune.layers import dense_weight, replace_module_
+from eigenprune.layers.dense import dense_weight
+from eigenprune.layers.swap import replace_module_
 
 
 @contextmanager
@@ -31,16 +32,16 @@ def undo_on_error(model: nn.Module, dense: Mapping[str, nn.Module]) -> Iterator[
 def weights_kept(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put the weights and biases of `layers` back, bit for bit, if anything fails."""
     weights = {name: dense_weight(layer).detach().clone() for name, layer in layers.items()}
-    biases = {name: layer._parameters["bias"] for name, layer in layers.items()}
+    biases = {name: dict(layer.named_parameters()).get("bias") for name, layer in layers.items()}
     values = {name: None if bias is None else bias.detach().clone() for name, bias in biases.items()}
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for name, layer in layers.items():
-                dense_weight(layer).copy_(weights[name])
-                bias, value = biases[name], values[name]
-                layer._parameters["bias"] = bias
+            for name, bias in biases.items():
+                dense_weight(layers[name]).copy_(weights[name])
+                layers[name].register_parameter("bias", bias)
+                value = values[name]
                 if bias is not None and value is not None:
                     bias.copy_(value)
         raise
