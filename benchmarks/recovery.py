@@ -5,7 +5,7 @@ Pruned by the default method on the first 64 windows of WikiText-2 `train_sample
 of them (one in 16 held out for the divergence); perplexity on the 24 windows of quality.py, float32. All of it is kept
 in a work folder on the way: the same command goes on after an interrupt.
 
-    python benchmarks/recovery.py --keep 0.8 --method distil --windows 192 --rate 3e-4
+    python benchmarks/recovery.py --keep 0.8 --method distil --windows 192 --rate 1e-4
     python benchmarks/recovery.py --table              # print the rows kept so far as a Markdown table
 """
 
