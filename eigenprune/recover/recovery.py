@@ -35,8 +35,10 @@ class Method:
     blockwise: bool
 
 
+# A step of AdamW moves each entry by about the rate, all in concert on the tokens it has seen, so the first steps of a
+# fast run do harm that only many later ones make good: 1e-4 wants a hundred steps, ten want 2e-5.
 RECOVERIES = {
-    "distil": Method(factors_and_vectors, Course(rate=1e-4), blockwise=False),
+    "distil": Method(factors_and_vectors, Course(rate=5e-5), blockwise=False),
     "block": Method(factors_and_vectors, Course(rate=1e-4), blockwise=True),
     "closed": Method(factors_and_vectors, None, blockwise=True),
     "perp": Method(vectors, Course(rate=1e-3), blockwise=False),
