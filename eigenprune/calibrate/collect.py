@@ -23,7 +23,6 @@ from eigenprune.layers import dense_weight
 from eigenprune.memory import release_unused
 
 KINDS = ("input_gram", "output_gram", "weight_gradient", "weight_gradient_square")
-FEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ def collect_statistics(
     name, wanted = objective_for(model) if objective is None else (objective, named_objective(objective))
     backward = any(kind != "input_gram" for kind in kinds)
     with calibration_mode(model, backward) as autocast_dtype:
-        # A few tokens show which layers share an input; a whole window is tried where something is left to measure.
-        groups = shared_inputs(model, windows[:1, :FEW_TOKENS].to(_device(model)), layers)
+        groups = shared_inputs(model, windows[:1].to(_device(model)), layers)
         outputs = [layer for layer in groups if backward]
         facts = Facts(
             tokens=windows.numel(),
@@ -108,8 +106,6 @@ def collect_statistics(
             own = objective is None  # else the formula knows no edges and no outliers
             accumulator = Accumulator(layers, plan.inputs, plan.outputs, kinds, name == "next-token", clip=own)
             saved = None if cache_dir is None else PassFile(folder, number, plan.inputs + plan.outputs)
-            if number == 0 and windows.shape[1] > FEW_TOKENS and not (saved is not None and saved.is_finished()):
-                shared_inputs(model, windows[:1].to(_device(model)), layers)
             title = "calibrating" if len(plans) == 1 else f"calibrating, pass {number + 1} of {len(plans)}"
             _run_pass(model, windows, accumulator, wanted if backward else None, saved, seed, title, progress)
             if saved is None:
