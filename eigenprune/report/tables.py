@@ -47,7 +47,7 @@ def summary_table(report: PruneReport) -> Table:
     if report.calibration:
         facts = report.calibration
         table.add_row("calibration", f"{facts['source']}: {facts['windows']} windows of {facts['window']} tokens")
-    if report.settings.get("method") in ("kfac", "kfac-seq", "kfac-probe", "best"):
+    if report.settings.get("method") in ("kfac", "kfac-seq", "kfac-probe", "kfac-probe-seq"):
         table.add_row("estimated loss", f"+{report.loss:.3f} nats per token")
     if report.recovery:
         table.add_row("recovery", _recovery(report.recovery))

@@ -78,7 +78,7 @@ METHODS: dict[str, Method] = {
     "kfac-probe": Method(
         "gram", "gram", "global", "kfac, its losses scaled by measured ones, an idea of LEMS (2026)", probe=True
     ),
-    "best": Method(
+    "kfac-probe-seq": Method(
         "gram",
         "gram",
         "global",

@@ -74,9 +74,9 @@ FAULTS = (
     ),
     Fault(
         "mixed rows one position too far",
-        LAYER,
-        "mixed = (~is_pivot).cumsum(0) + (self.rank - 1)",
-        "mixed = ((~is_pivot).cumsum(0) + self.rank) % self.out_features",
+        "ops/_pivots.py",
+        "source = is_rest.cumsum(0) + (rank - 1)",
+        "source = (is_rest.cumsum(0) + rank) % out_features",
         ("tests/layers/test_low_rank_linear.py", "-k", "weight_is_the_product or row_positions"),
     ),
     Fault(
@@ -215,8 +215,8 @@ FAULTS = (
     Fault(
         "missing factor filled with random numbers",
         CHECKPOINT,
-        "    if expected:\n",
-        "    if False:\n",
+        "    if expected:\n        some",
+        "    if False:\n        some",
         (OF_CHECKPOINT, "-k", "lying_tensors"),
     ),
     Fault(
