@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A removal for a task as PNG pictures. matplotlib draws them (`pip install eigenprune[plots]`); nothing is shown."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +45,7 @@ def write_pictures(views: TaskViews, folder: str | Path, name: str = "task") -> 
     return paths
 
 
-def worth_figure(views: TaskViews, layers: list[str] | None = None) -> "Figure":
+def worth_figure(views: TaskViews, layers: list[str] | None = None) -> Figure:
     """Worth against singular value, one panel a matrix.
 
     Args:
@@ -60,7 +62,7 @@ def worth_figure(views: TaskViews, layers: list[str] | None = None) -> "Figure":
         raise ConfigError(f"no components of {', '.join(unknown) or 'any layer'} to draw")
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
-    figure = _figure(4.0 * columns, 3.0 * rows + 0.5)
+    figure: Figure = _figure(4.0 * columns, 3.0 * rows + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, name in zip(panels, names, strict=False):
         _draw_worth(panel, matrices[name])
@@ -77,7 +79,7 @@ def worth_figure(views: TaskViews, layers: list[str] | None = None) -> "Figure":
     return figure
 
 
-def layers_figure(views: TaskViews) -> "Figure":
+def layers_figure(views: TaskViews) -> Figure:
     """Worth below zero by layer and kind, with the number of removed components in each cell.
 
     Raises:
@@ -94,7 +96,7 @@ def layers_figure(views: TaskViews) -> "Figure":
         row, column = kinds.index(cell["kind"]), depths.index(cell["depth"])
         values[row][column] += -cell["negative"]
         removed[row][column] += cell["removed"]
-    figure = _figure(max(5.5, 0.36 * len(depths) + 2.5), 0.42 * len(kinds) + 1.9)
+    figure: Figure = _figure(max(5.5, 0.36 * len(depths) + 2.5), 0.42 * len(kinds) + 1.9)
     panel = figure.subplots()
     image = panel.imshow(values, cmap="Blues", aspect="auto", vmin=0)
     panel.set_xticks(range(len(depths)), [str(depth) for depth in depths], fontsize=8)
@@ -111,7 +113,7 @@ def layers_figure(views: TaskViews) -> "Figure":
     return figure
 
 
-def path_figure(views: TaskViews) -> "Figure":
+def path_figure(views: TaskViews) -> Figure:
     """Held-out accuracy and loss, and retention loss, over the removed share, with the chosen stop.
 
     Raises:
@@ -119,7 +121,7 @@ def path_figure(views: TaskViews) -> "Figure":
     """
     if not views.path:
         raise ConfigError("there is no round to draw")
-    figure = _figure(6.0, 6.2)
+    figure: Figure = _figure(6.0, 6.2)
     panels = figure.subplots(3, 1, sharex=True)
     upper, lower = panels[0], panels[2]
     shares = [100 * point.removed for point in views.path]
@@ -157,7 +159,7 @@ def path_figure(views: TaskViews) -> "Figure":
     return figure
 
 
-def tests_figure(views: TaskViews) -> "Figure":
+def tests_figure(views: TaskViews) -> Figure:
     """Accuracy before and after on each tested task, with the intervals.
 
     Raises:
@@ -165,7 +167,7 @@ def tests_figure(views: TaskViews) -> "Figure":
     """
     if not views.shares:
         raise ConfigError("nothing was tested: there is no bar to draw")
-    figure = _figure(1.6 * len(views.shares) + 2.4, 3.8)
+    figure: Figure = _figure(1.6 * len(views.shares) + 2.4, 3.8)
     panel = figure.subplots()
     highest = 0.0
     for place, share in enumerate(views.shares):
@@ -189,7 +191,7 @@ def tests_figure(views: TaskViews) -> "Figure":
     return figure
 
 
-def _draw_worth(panel: "Axes", components: list[Component]) -> None:
+def _draw_worth(panel: Axes, components: list[Component]) -> None:
     for removed, colour, size, label in ((False, KEPT, 7, "kept"), (True, REMOVED, 16, "removed")):
         chosen = [one for one in components if one.removed == removed]
         panel.scatter([one.sigma for one in chosen], [one.worth for one in chosen], s=size, c=colour, label=label)
@@ -207,7 +209,7 @@ def _draw_worth(panel: "Axes", components: list[Component]) -> None:
     _plain(panel)
 
 
-def _plain(panel: "Axes") -> None:
+def _plain(panel: Axes) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(colors=QUIET, labelsize=8)
 
