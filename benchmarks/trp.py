@@ -130,6 +130,28 @@ def pruned(model: nn.Module, keep: float, allocation: str, windows: Tensor) -> n
     return model
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The loss of every variant as bars, a panel for each task; needs matplotlib (`pip install '.[plots]'`)."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(row.get("task", "wikitext") for row in rows))
+    figure = Figure(figsize=(9, 1.2 + 0.34 * max(5, len(rows) // len(tasks)) * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), 1, squeeze=False).flatten()
+    for panel, task in zip(panels, tasks, strict=True):
+        mine = [row for row in rows if row.get("task", "wikitext") == task][::-1]
+        colors = ["#c0392b" if row["model"].startswith("trained") else "#999999" for row in mine]
+        bars = panel.barh([row["model"] for row in mine], [row["loss"] for row in mine], color=colors)
+        panel.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+        panel.margins(x=0.12)
+        panel.set_title(
+            {"random": "random tokens, learned by heart", "wikitext": "bytes of WikiText"}[task], fontsize=10
+        )
+        panel.set_xlabel("loss, nats per token")
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Training towards low rank (red) against truncating a normally trained model", fontsize=11)
+    figure.savefig(path)
+
+
 def main() -> None:
     """All variants, then a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,7 +160,13 @@ def main() -> None:
     parser.add_argument("--task", choices=("wikitext", "random"), default="wikitext")
     parser.add_argument("--keep", type=float, nargs="+", help="only these budgets")
     parser.add_argument("--out", type=Path, help="write the rows here")
+    parser.add_argument("--picture", type=Path, help="only draw the rows of --out into this file (.svg, .png)")
     options = parser.parse_args()
+    if options.picture:
+        if not options.out:
+            parser.error("--picture draws the rows that --out names")
+        draw([json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()], options.picture)
+        return
     warnings.simplefilter("ignore")
     training, test = texts() if options.task == "wikitext" else (random_rows(),) * 2
     facts = {
