@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layers a run prunes, looked at before anything costs time."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
+from eigenprune.calibrate import Statistics
 from eigenprune.errors import ConfigError, WeightError
 from eigenprune.layers import Selection, dense_weight, select_layers
 
@@ -31,9 +30,9 @@ def require_layers(selection: Selection) -> None:
         raise ConfigError(f"no layer to prune: {reasons}")
 
 
-def drop_unmeasured(selection: Selection, measured: Mapping[str, object] | object) -> None:
-    """Take layers that `measured` knows nothing of out of the chosen ones."""
-    for name in [name for name in selection.chosen if name not in measured]:  # type: ignore[operator]
+def drop_unmeasured(selection: Selection, statistics: Statistics) -> None:
+    """Take layers that `statistics` know nothing of out of the chosen ones."""
+    for name in [name for name in selection.chosen if name not in statistics]:
         selection.skipped[name] = "did not run on the calibration text"
         del selection.chosen[name]
     require_layers(selection)
