@@ -92,9 +92,10 @@ def _predict(
         total=len(windows), initial=len(parts), desc="dense model", unit="window", disable=not progress, leave=False
     )
     try:
-        with torch.no_grad(), computing(teacher), bar:
+        with torch.no_grad(), bar:
             for ids in windows[len(parts) :].split(1):
-                values, classes = likeliest(logits_of(teacher, ids.to(device)), top)
+                with computing(teacher):  # and no longer: under autocast, float16 values cannot be put together
+                    values, classes = likeliest(logits_of(teacher, ids.to(device)), top)
                 if not torch.isfinite(values).all():
                     raise WeightError("the dense model predicts NaN or infinity: check it with `eigenprune eval`")
                 parts.append((values.cpu(), classes.cpu()))
