@@ -3,7 +3,6 @@
 
 import copy
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from eigenprune.recover.closed import full_left, refitted, set_left_
 from eigenprune.spectral import layer_of_factors
 from tests.helpers.adapters import pruned_model
 from tests.helpers.compare import state_hashes
+from tests.helpers.killed import killed_after
 from tests.helpers.tiny_models import logits, tiny_model, token_windows
 
 WINDOWS = token_windows(24, 24)
@@ -168,30 +168,6 @@ def test_failing_run_leaves_the_model_as_it_was(method: str, monkeypatch: pytest
     assert [module.training for module in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
-
-
-def killed_after(calls: int, owner: Any, name: str, body: Callable[[], Any]) -> bool:
-    """Run `body` in a forked process, killed at a call of `owner.name`; False where it came to its end before."""
-    child = os.fork()
-    if child == 0:
-        real, left = getattr(owner, name), [calls]
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        code = 1
-        try:
-            setattr(owner, name, call)
-            body()
-            code = 0
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL)
-    return code != 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")

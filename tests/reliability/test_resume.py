@@ -3,7 +3,6 @@
 
 import importlib
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from eigenprune.calibrate import Statistics, cache, collect_statistics
 from eigenprune.calibrate.accumulate import Accumulator
 from eigenprune.layers import select_layers
 from tests.helpers.compare import state_hashes, tensor_hash
+from tests.helpers.killed import killed_after
 from tests.helpers.tiny_models import tiny_model, token_windows
 
 factor = importlib.import_module("eigenprune.prune.factor")
@@ -38,30 +38,6 @@ def _hashes(statistics: Statistics) -> dict[str, str]:
     return {name: tensor_hash(tensor) for name, tensor in statistics.tensors.items()}
 
 
-def _killed_at(step: int, owner: Any, name: str, body: Any) -> bool:
-    """Run `body` in a forked process that is killed at the `step`th call; False where it came to its end before."""
-    child = os.fork()
-    if child == 0:
-        real, left = getattr(owner, name), [step]
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        code = 1
-        try:
-            setattr(owner, name, call)
-            body()
-            code = 0
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL)
-    return code != 0
-
-
 @pytest.mark.parametrize("memory_bytes", [8 << 30, 150_000], ids=["one pass", "some passes"])
 def test_g38_statistics_killed_after_any_window_of_any_pass_end_with_the_same_bits(
     memory_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -70,7 +46,7 @@ def test_g38_statistics_killed_after_any_window_of_any_pass_end_with_the_same_bi
     wanted = _hashes(_collect(None, memory_bytes))
     step, last = 0, []
     stride = 1 if memory_bytes > 1 << 20 else 5  # no common factor with the 6 windows of a pass: the place moves on
-    while _killed_at(
+    while killed_after(
         step, Accumulator, "check_finite", lambda folder=tmp_path / str(step): _collect(folder, memory_bytes)
     ):
         resumed = _collect(tmp_path / str(step), memory_bytes)
@@ -86,7 +62,7 @@ def test_g38_one_run_killed_again_and_again_ends_with_the_same_bits(
     monkeypatch.setattr(cache, "SECONDS_BETWEEN_SAVES", 0)
     kills = 0
     # At its second window each time, the first being repeated: every start gets one window further.
-    while _killed_at(1, Accumulator, "check_finite", lambda: _collect(tmp_path, 8 << 30)):
+    while killed_after(1, Accumulator, "check_finite", lambda: _collect(tmp_path, 8 << 30)):
         kills += 1
         assert kills <= len(WINDOWS)
     assert kills == len(WINDOWS) - 1
@@ -100,7 +76,7 @@ def test_g38_pruning_killed_at_any_layer_ends_with_the_same_bits_and_measures_no
     assert len(factored) >= 12
     for step in range(len(factored)):
         folder = tmp_path / str(step)
-        assert _killed_at(step, factor, "replace_module_", lambda folder=folder: _prune(tiny_model("llama"), folder))
+        assert killed_after(step, factor, "replace_module_", lambda folder=folder: _prune(tiny_model("llama"), folder))
         model = tiny_model("llama")
         runs: list[int] = []
         handle = model.register_forward_pre_hook(lambda *_args, runs=runs: runs.append(1))  # type: ignore[misc]
