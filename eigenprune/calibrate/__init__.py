@@ -6,8 +6,23 @@ from eigenprune.calibrate.cache import cache_key, default_cache_dir, save_tensor
 from eigenprune.calibrate.collect import calibration_mode, collect_statistics
 from eigenprune.calibrate.entry_statistics import EntryStatistics, collect_entry_statistics
 from eigenprune.calibrate.objective import model_inputs
-from eigenprune.calibrate.passage_gradients import PassageGradients, partner_rows, passage_gradients
-from eigenprune.calibrate.passages import Passage, PassageBatch, batch_losses, collate, passage_batches, passage_losses
+from eigenprune.calibrate.passage_gradients import (
+    PassageGradients,
+    batch_gradients,
+    partner_rows,
+    passage_gradients,
+)
+from eigenprune.calibrate.passages import (
+    UNSCORED,
+    Passage,
+    PassageBatch,
+    batch_logits,
+    batch_losses,
+    collate,
+    logit_losses,
+    passage_batches,
+    passage_losses,
+)
 from eigenprune.calibrate.prior import PRIOR, blended, prior_windows
 from eigenprune.calibrate.sampled import SAMPLED, Sampling, can_sample, sample_windows
 from eigenprune.calibrate.sequential import ShiftedMoments, sequential_moments
@@ -22,6 +37,7 @@ __all__ = [
     "SAMPLED",
     "SEPARATOR",
     "SOURCES",
+    "UNSCORED",
     "BlockChain",
     "Calibration",
     "EntryStatistics",
@@ -31,6 +47,8 @@ __all__ = [
     "Sampling",
     "ShiftedMoments",
     "Statistics",
+    "batch_gradients",
+    "batch_logits",
     "batch_losses",
     "blended",
     "builtin_texts",
@@ -44,6 +62,7 @@ __all__ = [
     "cut_windows",
     "default_cache_dir",
     "find_chain",
+    "logit_losses",
     "model_inputs",
     "partner_rows",
     "passage_batches",

@@ -5,7 +5,7 @@ With x the input of a layer and g the gradient of a passage's loss at its output
 token is: `sum g x^T`, `sum g` and `sum x`. The filling of a batch counts in none of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,14 +13,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eigenprune.calibrate.collect import calibration_mode
-from eigenprune.calibrate.passages import Passage, PassageBatch, batch_losses, collate, passage_batches
+from eigenprune.calibrate.passages import (
+    Passage,
+    PassageBatch,
+    batch_logits,
+    collate,
+    logit_losses,
+    passage_batches,
+)
 from eigenprune.errors import CalibrationError, WeightError
 from eigenprune.memory import release_unused
+
+Measure = Callable[[nn.Module, PassageBatch], Tensor]
+"""One value for each example of a batch, with a gradient."""
 
 
 @dataclass(frozen=True)
 class PassageGradients:
-    """Means over passages, by layer name; the loss of a passage is the sum over its predicted tokens, in nats.
+    """Means over passages, by layer name; what the gradients are of is the loss of a passage, if not said otherwise.
 
     Attributes:
         loss: mean over passages.
@@ -59,18 +69,12 @@ def passage_gradients(
     autocast: bool = False,
     progress: bool = False,
 ) -> PassageGradients:
-    """Run forward and backward over `passages` and sum; weights, gradient flags and mode are as before afterwards.
-
-    Layers that do not see every token once (routed experts, say) are left out of the result.
-
-    Memory: the weights of `layers` once more in float32 (twice with `partners`), and the activations of one batch,
-    whatever the number of passages.
+    """`batch_gradients` of the loss of `passages`, summed over the predicted tokens of each.
 
     Args:
         batch: passages in one run; neighbours in length stand together.
         partners: whether to sum `partner` too. x' is the input of the passage before in its batch (the last, for the
             first), at the same place or, past its end, at its last token.
-        autocast: whether bfloat16 may be used where this machine multiplies it in hardware.
 
     Raises:
         CalibrationError: no passages, no causal language model, or partners with fewer than two passages in a batch.
@@ -83,20 +87,57 @@ def passage_gradients(
         groups[-2:] = [groups[-2] + groups[-1]]
     if partners and min(len(rows) for rows in groups) < 2:
         raise CalibrationError("in a batch of one, every example is its own partner and all worth is 0: use 2 or more")
+    parts = ((collate([passages[row] for row in rows]), _passage_losses) for rows in groups)
+    return batch_gradients(
+        model, parts, layers, count=len(passages), partners=partners, autocast=autocast, progress=progress
+    )
+
+
+def batch_gradients(
+    model: nn.Module,
+    parts: Iterable[tuple[PassageBatch, Measure]],
+    layers: Mapping[str, nn.Module],
+    *,
+    count: int,
+    partners: bool = False,
+    autocast: bool = False,
+    progress: bool = False,
+) -> PassageGradients:
+    """Run forward and backward over batches and sum; weights, gradient flags and mode are as before afterwards.
+
+    Layers that do not see every token once (routed experts, say) are left out of the result.
+
+    Memory: the weights of `layers` once more in float32 (twice with `partners`), and the activations of one batch,
+    whatever the number of batches.
+
+    Args:
+        parts: batches, each with its measure; the gradients are those of the sum of `measure(model, batch)`.
+        count: what all sums are divided by.
+        partners: as for `passage_gradients`.
+        autocast: whether bfloat16 may be used where this machine multiplies it in hardware.
+
+    Raises:
+        CalibrationError: no causal language model.
+        WeightError: a measure is NaN or infinite.
+    """
     sums = _Sums(layers, partners)
     total = 0.0
-    bar = tqdm(groups, desc="gradients", unit="batch", disable=not progress, leave=False)
+    bar = tqdm(parts, desc="gradients", unit="batch", disable=not progress, leave=False)
     with calibration_mode(model, backward=True, checkpointing=False, autocast=autocast), sums.watching():
-        for rows in bar:
-            sums.batch = collate([passages[row] for row in rows])
-            loss = batch_losses(model, sums.batch)[0].sum()
+        for batch, measure in bar:
+            sums.batch = batch
+            loss = measure(model, batch).sum()
             if not bool(torch.isfinite(loss)):
                 raise WeightError("the loss of an example is NaN or infinite: check the weights of the model")
             loss.backward()
             total += float(loss.detach())
-            sums.tokens += int(sums.batch.mask.sum())
+            sums.tokens += int(batch.mask.sum())
     release_unused()
-    return sums.means(total, len(passages))
+    return sums.means(total, count)
+
+
+def _passage_losses(model: nn.Module, batch: PassageBatch) -> Tensor:
+    return logit_losses(*batch_logits(model, batch))
 
 
 class _Sums:

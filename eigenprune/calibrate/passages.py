@@ -63,14 +63,15 @@ def collate(passages: Sequence[Passage]) -> PassageBatch:
     return PassageBatch(ids, mask, labels)
 
 
-def batch_losses(model: nn.Module, batch: PassageBatch) -> tuple[Tensor, Tensor]:
-    """One batch through a causal language model: (loss, whether greedy decoding would say just that), for each passage.
+def batch_logits(model: nn.Module, batch: PassageBatch) -> tuple[Tensor, Tensor]:
+    """One batch through a causal language model: what it says where any of the passages predicts.
 
-    Causal attention reaches no filling from a token that counts, and the filling is masked too. The losses carry a
+    Causal attention reaches no filling from a token that counts, and the filling is masked too. The logits carry a
     gradient where gradients are on.
 
     Returns:
-        ([n] float32 nats, summed over the predicted tokens; [n] bool), on the model's device.
+        ([n, scored, vocabulary] logits, [n, scored] int64 labels, UNSCORED where a passage predicts nothing), on the
+        model's device.
 
     Raises:
         CalibrationError: the model is no causal language model, or a token id is outside its vocabulary.
@@ -85,10 +86,23 @@ def batch_losses(model: nn.Module, batch: PassageBatch) -> tuple[Tensor, Tensor]
         logits = model(**inputs, logits_to_keep=scored.to(device)).logits
     else:
         logits = model(**inputs).logits[:, scored]
-    wanted = batch.labels[:, scored].to(logits.device)
-    losses = F.cross_entropy(logits.float().mT, wanted, ignore_index=UNSCORED, reduction="none").sum(1)
+    return logits, batch.labels[:, scored].to(logits.device)
+
+
+def logit_losses(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Of `batch_logits`: [n] float32 nats, summed over the predicted tokens."""
+    return F.cross_entropy(logits.float().mT, wanted, ignore_index=UNSCORED, reduction="none").sum(1)
+
+
+def batch_losses(model: nn.Module, batch: PassageBatch) -> tuple[Tensor, Tensor]:
+    """`logit_losses` of one batch, and whether greedy decoding would say just what each passage does.
+
+    Returns:
+        ([n] float32 nats, [n] bool), on the model's device; see `batch_logits`.
+    """
+    logits, wanted = batch_logits(model, batch)
     greedy = (logits.argmax(-1) == wanted) | (wanted == UNSCORED)
-    return losses, greedy.all(1)
+    return logit_losses(logits, wanted), greedy.all(1)
 
 
 def passage_losses(model: nn.Module, passages: Sequence[Passage]) -> tuple[Tensor, Tensor]:

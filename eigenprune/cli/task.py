@@ -37,6 +37,9 @@ def task(
         list[str] | None, typer.Option(help="Only matrices of this kind (q, k, v, o, gate, up, down); repeatable.")
     ] = None,
     view: Annotated[str, typer.Option(help="Components of each head, or of each matrix: head or matrix.")] = "head",
+    objective: Annotated[
+        str, typer.Option(help="What is lowered: margin (right answers come first) or loss (they are likely).")
+    ] = "margin",
     checks: Annotated[int, typer.Option(help="At most this many forward checks.")] = 300,
     train: Annotated[int, typer.Option(help="Questions to learn from, at most.")] = 256,
     held_out: Annotated[int, typer.Option(help="Questions to stop by, at most.")] = 64,
@@ -98,6 +101,7 @@ def task(
             view=view,
             remove=remove,
             retention_bound=retention_bound,
+            objective=objective,
             checks=checks,
             seed=seed,
             progress=not quiet,

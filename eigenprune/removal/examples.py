@@ -1,18 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three sets of examples that a removal is judged on, each with one job."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from eigenprune.calibrate import Passage, PassageBatch, batch_losses, collate, passage_batches
+from eigenprune.calibrate import (
+    Passage,
+    PassageBatch,
+    PassageGradients,
+    batch_gradients,
+    collate,
+    passage_batches,
+)
 from eigenprune.errors import CalibrationError
 from eigenprune.evaluate.answers import passage_of, right_answers
 from eigenprune.evaluate.token_example import TokenExample
+from eigenprune.removal.objective import Score, answer_score, choice_score, loss_score
 
 HELD_OUT_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one forward pass over a set.
+
+    Attributes:
+        objective: what the search lowers, see `removal.objective`: mean over examples, or over tokens of plain text.
+        loss: of the right answers, summed over predicted tokens, mean over passages, in nats.
+        token_loss: mean over predicted tokens, in nats.
+    """
+
+    objective: float
+    loss: float
+    token_loss: float
 
 
 class ExampleSet:
@@ -21,9 +44,10 @@ class ExampleSet:
     Args:
         examples: with answers; [n, window] int64 token windows stand for plain text, of which every token is predicted.
         batch: passages in one run.
+        objective: of OBJECTIVES; plain text is always judged by its loss.
     """
 
-    def __init__(self, examples: Sequence[TokenExample] | Tensor, batch: int) -> None:
+    def __init__(self, examples: Sequence[TokenExample] | Tensor, batch: int, objective: str = "loss") -> None:
         self.examples: tuple[TokenExample, ...] = ()
         if isinstance(examples, Tensor):
             if examples.ndim != 2 or examples.shape[1] < 2:
@@ -34,28 +58,56 @@ class ExampleSet:
             self.passages = [passage_of(example) for example in examples]
         self.batch = batch
         self.tokens = sum(len(passage.ids) - passage.start for passage in self.passages)
-        self._batches: list[PassageBatch] = [
-            collate([self.passages[row] for row in rows]) for rows in passage_batches(self.passages, batch)
-        ]
+        margin = objective == "margin" and bool(self.examples)
+        self._parts = list(scored_examples(self.examples, batch) if margin else scored_passages(self.passages, batch))
+        self.weight = 1.0 if self.examples else len(self) / self.tokens
+        """From the objective's mean over passages to what `Measured.objective` says."""
 
     def __len__(self) -> int:
         return len(self.passages)
 
     @torch.no_grad()
-    def loss(self, model: nn.Module) -> float:
-        """Summed over predicted tokens, mean over passages, in nats; the model is in evaluation mode."""
-        return sum(float(batch_losses(model, batch)[0].double().sum()) for batch in self._batches) / len(self)
+    def measured(self, model: nn.Module) -> Measured:
+        """All figures; the model is in evaluation mode."""
+        objective = loss = 0.0
+        for batch, score in self._parts:
+            found = score(model, batch)
+            objective += float(found[0].double().sum())
+            loss += float(found[1].double().sum())
+        return Measured(self.weight * objective / len(self), loss / len(self), loss / self.tokens)
 
-    @torch.no_grad()
-    def token_loss(self, model: nn.Module) -> float:
-        """Mean over predicted tokens, in nats."""
-        return self.loss(model) * len(self) / self.tokens
+    def gradients(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> PassageGradients:
+        """Of the mean of the objective over passages, before `weight`."""
+        parts = ((batch, lambda model, batch, score=score: score(model, batch)[0]) for batch, score in self._parts)
+        return batch_gradients(model, parts, layers, count=len(self))
 
     def accuracy(self, model: nn.Module) -> float | None:
         """Share answered rightly; None for plain text."""
         if not self.examples:
             return None
         return float(right_answers(model, self.examples, self.batch).double().mean())
+
+
+def scored_passages(passages: Sequence[Passage], batch: int) -> Iterator[tuple[PassageBatch, Score]]:
+    """Batches to be judged by their loss."""
+    for rows in passage_batches(passages, batch):
+        yield collate([passages[row] for row in rows]), loss_score
+
+
+def scored_examples(examples: Sequence[TokenExample], batch: int) -> Iterator[tuple[PassageBatch, Score]]:
+    """Batches to be judged by their shortfall; the choices of an example stand in one batch, however many they are."""
+    free = [example for example in examples if len(example.choices) < 2]
+    choosing = [example for example in examples if len(example.choices) > 1]
+    for batched, _ in scored_passages([passage_of(example) for example in free], batch):
+        yield batched, answer_score
+    width = max((len(example.choices) for example in choosing), default=1)
+    for rows in passage_batches([passage_of(example) for example in choosing], max(1, batch // width)):
+        group = [choosing[row] for row in rows]
+        passages = [
+            Passage(example.prompt + choice, len(example.prompt)) for example in group for choice in example.choices
+        ]
+        right = [example.choices.index(example.answer) for example in group]
+        yield collate(passages), choice_score([len(example.choices) for example in group], right)
 
 
 @dataclass(frozen=True)
@@ -73,6 +125,7 @@ def judges_of(
     retention: Sequence[TokenExample] | Tensor,
     batch: int,
     seed: int,
+    objective: str = "loss",
 ) -> Judges:
     """The three sets; without `held_out`, a quarter of the examples, drawn by `seed`, is set aside for it.
 
@@ -93,4 +146,4 @@ def judges_of(
         raise CalibrationError("a task needs at least one example to measure worth on and one to hold out")
     if len(retention) == 0:
         raise CalibrationError("retention is empty: give examples or text of what the model must not lose")
-    return Judges(ExampleSet(chosen, batch), ExampleSet(held_out, batch), ExampleSet(retention, batch))
+    return Judges(*(ExampleSet(part, batch, objective) for part in (chosen, held_out, retention)))

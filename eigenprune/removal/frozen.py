@@ -13,7 +13,6 @@ from eigenprune.spectral import (
     SlicePieces,
     is_rotary,
     removed_output,
-    slice_parts,
     slice_pieces,
     without_pieces,
 )
@@ -97,24 +96,6 @@ class FrozenPieces:
             dense_weight(module).copy_(without_pieces(weight, self.views[name], self.pieces(name), mask))
             _set_bias_(module, bias, delta if bool(delta.any()) else None)
         self.masks[name], self.deltas[name] = mask.clone(), delta.clone()
-
-    def blend_(self, name: str, gates: Tensor, mean: Tensor) -> None:
-        """Keep each component to the part that `gates` [slices, rank] says, and freeze the rest at the `mean` input.
-
-        For a search between masks; `undo_` and `set_` lead back.
-        """
-        module, view = self.model.get_submodule(name), self.views[name]
-        weight, bias = self._kept(name)
-        wide = weight.double()
-        gates = gates.to(wide)
-        parts = [
-            own.blended(part, gates[i, : view.ranks[i]])
-            for i, (own, part) in enumerate(zip(self.pieces(name), slice_parts(wide, view), strict=True))
-        ]
-        blended = torch.cat(parts, view.axis)
-        with torch.no_grad():
-            dense_weight(module).copy_(blended)
-            _set_bias_(module, bias, (wide - blended) @ mean.to(wide))
 
     def undo_(self, name: str) -> None:
         """Give the layer its base weight and bias back, bit for bit."""

@@ -38,14 +38,16 @@ def one_shot(
 
 def entry_of(frozen: FrozenPieces, judges: Judges, checks: int) -> RemovalRound:
     """The model as it stands, for the report."""
-    model, held_out, retention = frozen.model, judges.held_out, judges.retention
+    model = frozen.model
+    held_out = judges.held_out.measured(model)
     return RemovalRound(
         removed=sum(int(mask.sum()) for mask in frozen.masks.values()),
-        search_loss=judges.search.loss(model),
-        held_out_loss=held_out.loss(model),
-        held_out_accuracy=held_out.accuracy(model) or 0.0,
-        retention_loss=retention.token_loss(model),
-        retention_accuracy=retention.accuracy(model),
+        search_loss=judges.search.measured(model).loss,
+        held_out_loss=held_out.loss,
+        held_out_objective=held_out.objective,
+        held_out_accuracy=judges.held_out.accuracy(model) or 0.0,
+        retention_loss=judges.retention.measured(model).token_loss,
+        retention_accuracy=judges.retention.accuracy(model),
         checks=checks,
     )
 

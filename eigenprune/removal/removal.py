@@ -49,6 +49,7 @@ class RemovalRound:
         removed: components gone so far.
         search_loss: mean loss of the examples that worth is measured on, nats an example.
         held_out_loss, held_out_accuracy: on the held-out examples: nats an example, and a share in 0..1.
+        held_out_objective: what the search lowers, on them; see `removal.objective`.
         retention_loss: nats a predicted token, on what the model must not lose.
         retention_accuracy: share of the retention examples answered rightly; None where retention is plain text.
         checks: forward checks done so far.
@@ -57,6 +58,7 @@ class RemovalRound:
     removed: int
     search_loss: float
     held_out_loss: float
+    held_out_objective: float
     held_out_accuracy: float
     retention_loss: float
     retention_accuracy: float | None

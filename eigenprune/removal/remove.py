@@ -14,8 +14,8 @@ from eigenprune.evaluate.token_example import TokenExample
 from eigenprune.removal.compat import compat_scores, pooled_masks
 from eigenprune.removal.examples import Judges, judges_of
 from eigenprune.removal.frozen import FrozenPieces
+from eigenprune.removal.objective import check_objective
 from eigenprune.removal.one_shot import FRACTIONS, State, laser_cuts, lowest, one_shot
-from eigenprune.removal.relaxed import searched
 from eigenprune.removal.removal import RemovalReport, RemovalRound, removed_pieces
 from eigenprune.removal.search import Search, SearchSettings, best_round
 from eigenprune.removal.worth import component_count, eligible, sigmas, task_worth
@@ -34,8 +34,8 @@ def remove_(
     held_out: Sequence[TokenExample] | None = None,
     retention_bound: float = 0.05,
     retention_weight: float = 1.0,
+    objective: str = "margin",
     checks: int = 300,
-    steps: int = 0,
     pooled: bool = True,
     skip: Sequence[str] = (),
     batch: int = 16,
@@ -46,9 +46,9 @@ def remove_(
     """Freeze components of `model`, in place, so that it gets better at a task and keeps what `retention` asks for.
 
     With worth `exact`: a search in rounds, see `removal.search`; every group of components stays only if real forward
-    passes gain, and the model is left at the round with the lowest held-out loss. With any other rule: the lowest
-    fractions `remove` / 8, / 4, / 2 and `remove` in one shot each, and the best of them or nothing by held-out loss. In
-    both the retention loss may not rise by more than `retention_bound`. Nothing is trained, and a failed or
+    passes gain, and the model is left at the round with the lowest objective on held-out examples. With any other rule:
+    the lowest fractions `remove` / 8, / 4, / 2 and `remove` in one shot each, and the best of them or nothing by the
+    same. In both the retention loss may not rise by more than `retention_bound`. Nothing is trained, and a failed or
     interrupted call leaves the model as it was.
 
     Args:
@@ -60,10 +60,10 @@ def remove_(
         remove: at most this fraction of their components, in (0, 1].
         held_out: examples that decide when to stop.
         retention_bound: by how much the retention loss may rise, in nats a token.
-        retention_weight: nats of task loss an example that a nat a token of retention loss is worth in the search.
+        retention_weight: what the retention's objective counts in the search, where the task's counts 1.
+        objective: what is lowered, see `removal.objective`: `margin`, the shortfall of right answers (of choices, the
+            right one's against the others), or `loss`, theirs. Plain text is retained by its loss.
         checks: at most this many forward checks are made in the search.
-        steps: of the relaxed search that gives the search its start, see `removal.relaxed`; each costs a backward pass
-            over all examples and all that is retained. 0 starts from the model as it is.
         pooled: whether the search's groups are judged on search and held-out examples together, or on held-out ones
             alone (faster).
         skip: as for `select_layers`.
@@ -78,10 +78,11 @@ def remove_(
         CalibrationError: too few examples, none to retain, or the model is no causal language model.
         WeightError: a weight or a loss is not finite.
     """
-    _check(model, worth, remove, retention_bound, retention_weight, checks, steps)
+    _check(model, worth, remove, retention_bound, retention_weight, checks)
+    check_objective(objective)
     wanted = check_kinds(("k",) if worth == "compat" and kinds is None else kinds)
     started = time.perf_counter()
-    judges = judges_of(examples, held_out, retention, batch, seed)
+    judges = judges_of(examples, held_out, retention, batch, seed, objective)
     frozen = FrozenPieces(model, layer_views(model, view, wanted, skip))
     with _evaluation_mode(model), _undone_on_error(frozen):
         gradients = _gradients(model, frozen, judges, batch, worth == "paper")
@@ -98,9 +99,9 @@ def remove_(
         path: Iterable[tuple[RemovalRound, State]]
         search = None
         if worth == "exact":
-            how = (limit, retention_bound, retention_weight, checks, pooled, batch, steps, progress, keep_on_interrupt)
+            how = (limit, retention_bound, retention_weight, checks, pooled, progress, keep_on_interrupt)
             search = Search(frozen, judges, means, allowed, SearchSettings(*how))
-            path = searched(search)
+            path = search.run()
         elif compat is not None:
             attempts = [pooled_masks(frozen, before, wanted, fraction * remove) for fraction in FRACTIONS]
             path = one_shot(frozen, judges, compat.inputs, attempts)
@@ -110,7 +111,7 @@ def remove_(
             path = one_shot(frozen, judges, means, lowest(allowed, before, limit))
         path = list(path)
         rounds = [entry for entry, _ in path]
-        chosen = best_round(rounds, retention_bound, lambda entry: entry.held_out_loss)
+        chosen = best_round(rounds, retention_bound, lambda entry: entry.held_out_objective)
         frozen.restore_(path[chosen][1])
         removal = frozen.removal()
     names = {name: [(part.kind, part.head) for part in view.slices] for name, view in frozen.views.items()}
@@ -127,7 +128,7 @@ def remove_(
             "retention_bound": retention_bound,
             "retention_weight": retention_weight,
             "checks": checks,
-            "steps": steps,
+            "objective": objective,
             "pooled": pooled,
             "seed": seed,
             "examples": [len(judges.search), len(judges.held_out), len(judges.retention)],
@@ -145,7 +146,7 @@ def _gradients(model: nn.Module, frozen: FrozenPieces, judges: Judges, batch: in
     return passage_gradients(model, judges.search.passages, layers, batch=batch, partners=partners)
 
 
-def _check(model: nn.Module, worth: str, remove: float, bound: float, weight: float, checks: int, steps: int) -> None:
+def _check(model: nn.Module, worth: str, remove: float, bound: float, weight: float, checks: int) -> None:
     if not is_causal(model):
         raise CalibrationError(f"{type(model).__name__} is no causal language model: a task cannot be scored on it")
     if worth not in WORTHS:
@@ -154,8 +155,8 @@ def _check(model: nn.Module, worth: str, remove: float, bound: float, weight: fl
         raise ConfigError(f"remove={remove!r} must be in (0, 1]: the fraction of components that may go")
     if not bound >= 0 or not weight >= 0:
         raise ConfigError(f"retention_bound={bound!r} and retention_weight={weight!r} must be at least 0")
-    if checks < 1 or steps < 0:
-        raise ConfigError(f"checks={checks!r} must be at least 1, and steps={steps!r} at least 0")
+    if checks < 1:
+        raise ConfigError(f"checks={checks!r} must be at least 1")
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eigenprune.calibrate import passage_gradients
 from eigenprune.removal.examples import ExampleSet, Judges
 from eigenprune.removal.frozen import FrozenPieces
 from eigenprune.removal.one_shot import State, entry_of
@@ -35,19 +34,18 @@ class SearchSettings:
     weight: float
     checks: int
     pooled: bool
-    batch: int
-    steps: int
     progress: bool
     keep_on_interrupt: bool = False
 
 
 @dataclass(frozen=True)
 class Losses:
-    """One forward check."""
+    """One forward check: the objective of each set, and the loss that the guard watches."""
 
     search: float
     held_out: float
     retention: float
+    guarded: float
 
 
 @dataclass(frozen=True, order=True)
@@ -87,12 +85,6 @@ class Search:
             total=settings.checks, desc="checking", unit="check", disable=not settings.progress, leave=False
         )
 
-    def start_(self, masks: dict[str, Tensor]) -> None:
-        """Begin at these masks instead of the base; the guard is still that of the base."""
-        for name, mask in masks.items():
-            self.frozen.set_(name, mask, self.frozen.delta(name, mask, self.means[name]))
-        self.now, self._kept = self._losses(), self.frozen.state()
-
     def run(self) -> Iterator[tuple[RemovalRound, State]]:
         """The model after each round, the first being the one before any."""
         with self._bar:
@@ -114,7 +106,7 @@ class Search:
                     return
 
     def objective(self, losses: Losses) -> float:
-        """What a round lowers: the task's loss, and the retention loss at its weight."""
+        """What a round lowers: that of the task, and that of what is retained at its weight."""
         return self._task(losses) + self.settings.weight * losses.retention
 
     def removed(self) -> int:
@@ -133,8 +125,10 @@ class Search:
 
     def _losses(self) -> Losses:
         model = self.frozen.model
-        search = self.judges.search.loss(model) if self.settings.pooled else 0.0
-        return Losses(search, self.judges.held_out.loss(model), self.judges.retention.token_loss(model))
+        search = self.judges.search.measured(model).objective if self.settings.pooled else 0.0
+        retention = self.judges.retention.measured(model)
+        held_out = self.judges.held_out.measured(model)
+        return Losses(search, held_out.objective, retention.objective, retention.token_loss)
 
     def _round(self) -> None:
         moves = self._moves()[: int(POOL * self.settings.limit)]
@@ -144,7 +138,7 @@ class Search:
 
     def _moves(self) -> list[Move]:
         """All moves that should lower the objective, the best first."""
-        worths = objective_slopes(self.frozen, self.judges, self.means, self.settings)
+        worths = objective_slopes(self.frozen, self.judges, self.means, self.settings.weight)
         moves = []
         for name, worth in worths.items():
             gone = self.frozen.mask(name)
@@ -180,8 +174,8 @@ class Search:
     def _gains(self, found: Losses) -> bool:
         """Whether the guard holds, and the objective falls: on all examples, and on the held-out ones alone."""
         weight, now = self.settings.weight, self.now
-        if found.retention > max(self.base.retention + self.settings.bound, now.retention):
-            return False  # a start beyond the bound may only come nearer
+        if found.guarded > self.base.guarded + self.settings.bound:
+            return False
         held_out = found.held_out - now.held_out + weight * (found.retention - now.retention)
         return held_out < 0 and self.objective(found) < self.objective(now)
 
@@ -205,24 +199,21 @@ class Search:
 
 
 def objective_slopes(
-    frozen: FrozenPieces, judges: Judges, means: dict[str, Tensor], settings: SearchSettings
+    frozen: FrozenPieces, judges: Judges, means: dict[str, Tensor], weight: float
 ) -> dict[str, Tensor]:
     """First-order change of the objective if each component is frozen, at the model as it stands.
 
     {layer: [slices, rank] float64}, NaN where a slice has fewer components.
     """
-    task = _slopes(frozen, judges.search, means, settings)
-    harm = _slopes(frozen, judges.retention, means, settings)
-    share = settings.weight * len(judges.retention) / judges.retention.tokens
-    return {name: worth + share * harm[name] for name, worth in task.items()}
+    task = _slopes(frozen, judges.search, means)
+    harm = _slopes(frozen, judges.retention, means)
+    return {name: worth + weight * harm[name] for name, worth in task.items()}
 
 
-def _slopes(
-    frozen: FrozenPieces, examples: ExampleSet, means: dict[str, Tensor], settings: SearchSettings
-) -> dict[str, Tensor]:
-    layers = {name: frozen.model.get_submodule(name) for name in means}
-    found = passage_gradients(frozen.model, examples.passages, layers, batch=settings.batch)
-    return gradient_worth(frozen, {name: found.frozen_at(name, means[name]) for name in found.weight})
+def _slopes(frozen: FrozenPieces, examples: ExampleSet, means: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = examples.gradients(frozen.model, {name: frozen.model.get_submodule(name) for name in means})
+    frozen_at = {name: examples.weight * found.frozen_at(name, means[name]) for name in found.weight}
+    return gradient_worth(frozen, frozen_at)
 
 
 def best_round(rounds: list[RemovalRound], bound: float, key: Callable[[RemovalRound], float]) -> int:

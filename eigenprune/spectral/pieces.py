@@ -49,12 +49,6 @@ class SlicePieces:
             return vectors @ (vectors.T @ part)
         return (part @ vectors) @ vectors.T
 
-    def blended(self, part: Tensor, gates: Tensor) -> Tensor:
-        """The sum of gates_i E_i of A, [rows, columns]; `gates` [short]."""
-        if self.on_rows:
-            return (self.vectors * gates) @ (self.vectors.T @ part)
-        return ((part @ self.vectors) * gates) @ self.vectors.T
-
     def separable(self) -> Tensor:
         """[short] bool: the singular value stands apart from its neighbours, and from zero."""
         gaps = torch.cat([self.sigmas, self.sigmas.new_zeros(1)]).diff().neg()
