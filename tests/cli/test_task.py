@@ -55,7 +55,7 @@ def test_report_says_both_sides_and_the_guard(done: tuple[Path, dict]) -> None:
     assert test["after"] == test["before"] + test["gained"] - test["lost"]
     assert test["after_interval"][0] <= test["after"] / 20 <= test["after_interval"][1]
     rounds, chosen = report["removal"]["rounds"], report["removal"]["chosen"]
-    assert rounds[chosen]["held_out_loss"] < rounds[0]["held_out_loss"]
+    assert rounds[chosen]["held_out_objective"] < rounds[0]["held_out_objective"]
     assert rounds[chosen]["retention_loss"] <= rounds[0]["retention_loss"] + 0.05
     assert 0 < report["removed"] <= 0.05
     assert sum(cell["removed"] for cell in report["views"]["by_layer_and_kind"]) == len(report["views"]["removed"])

@@ -11,6 +11,7 @@ from eigenprune.errors import CalibrationError, ConfigError, EigenpruneError, We
 from eigenprune.evaluate import accuracy, answer_losses
 from eigenprune.evaluate.token_example import TokenExample
 from eigenprune.removal import RemovalReport, apply_, remove_
+from eigenprune.removal.objective import OBJECTIVES
 from eigenprune.removal.search import Search
 from eigenprune.spectral import WORTHS
 from tests.helpers.compare import state_hashes
@@ -41,18 +42,20 @@ def run(model: nn.Module, **arguments: Any) -> RemovalReport:
     return remove_(model, chosen.pop("examples"), **chosen)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-def test_report_says_what_the_model_is_and_the_removal_makes_it_again(kind: str) -> None:
+def test_report_says_what_the_model_is_and_the_removal_makes_it_again(kind: str, objective: str) -> None:
     held, retention = examples(6, 1, 2), examples(7, 2, 3)
     model = tiny_model(kind).train()
-    report = run(model, held_out=held, retention=retention, retention_weight=0.0)
+    report = run(model, held_out=held, retention=retention, retention_weight=0.0, objective=objective)
     assert model.training
     model.eval()
     assert report.after.held_out_loss == pytest.approx(float(answer_losses(model, held).mean()), rel=1e-5)
     assert report.after.held_out_accuracy == accuracy(model, held)
     tokens = sum(len(example.answer) for example in retention)
     assert report.after.retention_loss == pytest.approx(float(answer_losses(model, retention).sum()) / tokens, rel=1e-5)
-    assert report.after.held_out_loss < report.before.held_out_loss
+    assert report.after.held_out_objective < report.before.held_out_objective
+    assert (report.after.held_out_objective == report.after.held_out_loss) == (objective == "loss")
     assert report.after.retention_loss <= report.before.retention_loss + 0.2
     assert 0 < report.after.removed == len(report.pieces) == report.removal.count <= 0.05 * report.components
     assert state_hashes(apply_(tiny_model(kind), report.removal)) == state_hashes(model)
@@ -67,7 +70,7 @@ def test_every_rule_runs_on_every_kind_of_storage_and_keeps_to_its_bounds(worth:
     assert report.after.removed <= 0.2 * report.components
     assert report.after.retention_loss <= report.before.retention_loss + 0.2
     assert (state_hashes(model) == before) == (report.after.removed == 0)
-    assert report.after.held_out_loss <= report.before.held_out_loss
+    assert report.after.held_out_objective <= report.before.held_out_objective
 
 
 def test_only_the_wanted_kinds_lose_components() -> None:
@@ -89,6 +92,7 @@ def test_same_seed_same_removal() -> None:
 REFUSED: dict[str, tuple[type[EigenpruneError], str, dict[str, Any]]] = {
     "an unknown kind": (ConfigError, "kinds", {"kinds": ["keys"]}),
     "an unknown view": (ConfigError, "view", {"view": "heads"}),
+    "an unknown objective": (ConfigError, "objective", {"objective": "accuracy"}),
     "an unknown rule": (ConfigError, "worth", {"worth": "best"}),
     "a kind the model lacks": (ConfigError, "no layer of kind gate", {"kinds": ["gate"]}),
     "an empty task": (CalibrationError, "at least two", {"examples": []}),
