@@ -36,7 +36,7 @@ from eigenprune.removal.task_run import TaskSplits, run_task_
 
 RESULTS = Path(__file__).parent / "results" / "tasks.jsonl"
 # Of the guard: WikiText-2 training text. What it cost is then measured on the test text, which the search never sees.
-GUARD_WINDOWS, GUARD_WINDOW = 4, 64
+GUARD_WINDOWS, GUARD_WINDOW = 8, 128
 TEXT_WINDOWS, TEXT_WINDOW = 8, 256
 
 
@@ -142,6 +142,8 @@ def after(model: Any, tokenizer: Any, name: str, options: argparse.Namespace) ->
         checks=options.checks,
         retention_bound=options.bound,
         pooled=False,
+        autocast=True,
+        retention_weight=options.weight,
         seed=0,
         progress=True,
         keep_on_interrupt=True,
@@ -193,6 +195,7 @@ def main() -> None:
     parser.add_argument("--guard", type=int, default=GUARD_WINDOWS, help="windows of text that the search guards")
     parser.add_argument("--checks", type=int, default=300)
     parser.add_argument("--bound", type=float, default=0.05, help="nats a token by which the guard's loss may rise")
+    parser.add_argument("--weight", type=float, default=5.0, help="of the guard's loss in what the search lowers")
     parser.add_argument("--adapters", type=Path, help="folder to keep the adapters in")
     parser.add_argument("--pictures", type=Path, help="folder to write pictures to (needs matplotlib)")
     parser.add_argument("--tasks", nargs="*", choices=list(PLANS), default=list(PLANS))

@@ -41,6 +41,7 @@ def task(
         str, typer.Option(help="What is lowered: margin (right answers come first) or loss (they are likely).")
     ] = "margin",
     checks: Annotated[int, typer.Option(help="At most this many forward checks.")] = 300,
+    fast: Annotated[bool, typer.Option(help="Search in bfloat16 where the machine multiplies it in hardware.")] = False,
     train: Annotated[int, typer.Option(help="Questions to learn from, at most.")] = 256,
     held_out: Annotated[int, typer.Option(help="Questions to stop by, at most.")] = 64,
     test: Annotated[int | None, typer.Option(help="Questions of the test, at most; default: all.")] = None,
@@ -103,6 +104,7 @@ def task(
             retention_bound=retention_bound,
             objective=objective,
             checks=checks,
+            autocast=fast,
             seed=seed,
             progress=not quiet,
             keep_on_interrupt=True,

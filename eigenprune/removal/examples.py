@@ -76,10 +76,10 @@ class ExampleSet:
             loss += float(found[1].double().sum())
         return Measured(self.weight * objective / len(self), loss / len(self), loss / self.tokens)
 
-    def gradients(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> PassageGradients:
-        """Of the mean of the objective over passages, before `weight`."""
+    def gradients(self, model: nn.Module, layers: Mapping[str, nn.Module], autocast: bool = False) -> PassageGradients:
+        """Of the mean of the objective over passages, before `weight`; `autocast` as for `batch_gradients`."""
         parts = ((batch, lambda model, batch, score=score: score(model, batch)[0]) for batch, score in self._parts)
-        return batch_gradients(model, parts, layers, count=len(self))
+        return batch_gradients(model, parts, layers, count=len(self), autocast=autocast)
 
     def accuracy(self, model: nn.Module) -> float | None:
         """Share answered rightly; None for plain text."""

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from eigenprune.calibrate import calibration_mode
 from eigenprune.removal.examples import ExampleSet, Judges
 from eigenprune.removal.frozen import FrozenPieces
 from eigenprune.removal.one_shot import State, entry_of
@@ -34,6 +35,7 @@ class SearchSettings:
     weight: float
     checks: int
     pooled: bool
+    autocast: bool
     progress: bool
     keep_on_interrupt: bool = False
 
@@ -125,6 +127,10 @@ class Search:
 
     def _losses(self) -> Losses:
         model = self.frozen.model
+        with calibration_mode(model, backward=False, autocast=self.settings.autocast):
+            return self._measured(model)
+
+    def _measured(self, model: nn.Module) -> Losses:
         search = self.judges.search.measured(model).objective if self.settings.pooled else 0.0
         retention = self.judges.retention.measured(model)
         held_out = self.judges.held_out.measured(model)
@@ -138,7 +144,7 @@ class Search:
 
     def _moves(self) -> list[Move]:
         """All moves that should lower the objective, the best first."""
-        worths = objective_slopes(self.frozen, self.judges, self.means, self.settings.weight)
+        worths = objective_slopes(self.frozen, self.judges, self.means, self.settings.weight, self.settings.autocast)
         moves = []
         for name, worth in worths.items():
             gone = self.frozen.mask(name)
@@ -199,19 +205,20 @@ class Search:
 
 
 def objective_slopes(
-    frozen: FrozenPieces, judges: Judges, means: dict[str, Tensor], weight: float
+    frozen: FrozenPieces, judges: Judges, means: dict[str, Tensor], weight: float, autocast: bool = False
 ) -> dict[str, Tensor]:
     """First-order change of the objective if each component is frozen, at the model as it stands.
 
     {layer: [slices, rank] float64}, NaN where a slice has fewer components.
     """
-    task = _slopes(frozen, judges.search, means)
-    harm = _slopes(frozen, judges.retention, means)
+    task = _slopes(frozen, judges.search, means, autocast)
+    harm = _slopes(frozen, judges.retention, means, autocast)
     return {name: worth + weight * harm[name] for name, worth in task.items()}
 
 
-def _slopes(frozen: FrozenPieces, examples: ExampleSet, means: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = examples.gradients(frozen.model, {name: frozen.model.get_submodule(name) for name in means})
+def _slopes(frozen: FrozenPieces, examples: ExampleSet, means: dict[str, Tensor], autocast: bool) -> dict[str, Tensor]:
+    layers = {name: frozen.model.get_submodule(name) for name in means}
+    found = examples.gradients(frozen.model, layers, autocast)
     frozen_at = {name: examples.weight * found.frozen_at(name, means[name]) for name in found.weight}
     return gradient_worth(frozen, frozen_at)
 
