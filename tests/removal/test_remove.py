@@ -73,6 +73,15 @@ def test_every_rule_runs_on_every_kind_of_storage_and_keeps_to_its_bounds(worth:
     assert report.after.held_out_objective <= report.before.held_out_objective
 
 
+def test_a_search_in_bfloat16_still_reports_the_model_as_it_is() -> None:
+    held = examples(6, 1, 2)
+    model = tiny_model("gpt2")
+    report = run(model, held_out=held, autocast=True)
+    assert report.settings["autocast"]
+    assert report.after.held_out_loss == pytest.approx(float(answer_losses(model, held).mean()), rel=1e-5)
+    assert model.transformer.h[0].mlp.c_fc.weight.dtype == torch.float32
+
+
 def test_only_the_wanted_kinds_lose_components() -> None:
     report = run(tiny_model("gpt2"), kinds=["v", "down"], remove=0.2, retention_weight=0.0, retention_bound=9.0)
     assert report.pieces
