@@ -8,16 +8,18 @@ namespace eigenprune {
 namespace {
 
 constexpr int64_t kMaxPairRows = 1024;  // above, torch's bfloat16 products are quicker than panels; its others never
+constexpr int64_t kMaxRowsBesideAmx = 4;  // above, torch's bfloat16 products on AMX tiles are quicker than dots
 
 }  // namespace
 
 LinearPath linear_path(Element element, int64_t rows, int64_t in, int64_t rank) {
   const CpuLevel level = cpu_level();
   if (element == Element::kOther || level < CpuLevel::kAvx2) return LinearPath::kTorch;
+  const bool has_tiles = element == Element::kBFloat16 && level >= CpuLevel::kAvx512Bf16 && has_amx_bf16();
+  if (has_tiles && rows > kMaxRowsBesideAmx) return LinearPath::kTorch;
   if (rows <= kMaxDotRows) return LinearPath::kDots;
   if (level < CpuLevel::kAvx512) return LinearPath::kTorch;
   if (element != Element::kBFloat16 || level < CpuLevel::kAvx512Bf16) return LinearPath::kPanels;
-  if (has_amx_bf16()) return LinearPath::kTorch;  // its products use it. Not measured: no such machine was at hand
   const bool has_pairs = in % 2 == 0 && rank % 2 == 0;  // panels of bfloat16 take two elements at a time
   return rows <= kMaxPairRows && has_pairs ? LinearPath::kPanels : LinearPath::kTorch;
 }
