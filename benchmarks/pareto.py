@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Size against loss: SmolLM2-135M-Instruct dense, low rank, in few bits, and both; bytes and parameters on the x axis.
 
-The protocol of quality.py: calibrated on the first 64 windows of WikiText-2 `train_samples`, perplexity on 24 windows of
-1024 tokens of its test text. Every model is saved in bfloat16 (what is not quantised), its weight files are counted, and
-it is loaded again in float32 from there. Rows that are in the file already are not measured again.
+The protocol of quality.py: calibrated on the first 64 windows of WikiText-2 `train_samples`, perplexity on 24 windows
+of 1024 tokens of its test text. Every model is saved in bfloat16 (what is not quantised), its weight files are counted,
+and it is loaded again in float32 from there. Rows that are in the file already are not measured again.
 
     python benchmarks/pareto.py                          # the rows that are missing, some minutes each
     python benchmarks/pareto.py --only 'int8'            # rows whose name has a match
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def measure(bench: Bench, row: Row) -> dict[str, Any]:
 def at_equal_bytes(rows: list[dict[str, Any]], size: int, family: str) -> float | None:
     """Perplexity of `family` at that size, between its two neighbours: linear in bytes and in log perplexity."""
     points = sorted((row["file_bytes"], math.log(row["perplexity"])) for row in rows if row["family"] == family)
-    for (low, at_low), (high, at_high) in zip(points, points[1:], strict=False):
+    for (low, at_low), (high, at_high) in pairwise(points):
         if low <= size <= high:
             return math.exp(at_low + (at_high - at_low) * (size - low) / (high - low))
     return None
@@ -150,10 +151,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: -row["file_bytes"]):
         same = at_equal_bytes(frontier, row["file_bytes"], "bf16")
         beside = "" if same is None or row["bits"] == 0 else f"{same / dense['perplexity']:.3f}"
-        lines.append(
-            f"| {row['name']} | {row['parameters']:,} | {row['file_bytes']:,} "
-            f"| {row['file_bytes'] / dense['file_bytes']:.3f} | {row['perplexity'] / dense['perplexity']:.3f} | {beside} |"
-        )
+        size, loss = (row[key] / dense[key] for key in ("file_bytes", "perplexity"))
+        counts = f"{row['parameters']:,} | {row['file_bytes']:,}"
+        lines.append(f"| {row['name']} | {counts} | {size:.3f} | {loss:.3f} | {beside} |")
     return "\n".join(lines)
 
 

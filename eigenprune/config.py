@@ -55,8 +55,9 @@ class EigenpruneConfig(QuantizationConfigMixin):
         task: the name of the task to be better at, for methods such as `eigenprune`; see `eigenprune task --list`.
         remove: at most this fraction of all components is removed for the task, in (0, 1]; None takes 0.01.
         bits: quantise the pruned layers when all else is done: 8 or 4, weight-only, by torchao (`pip install
-            eigenprune[quantize]`), also those that the allocation leaves dense; `auto`: floating point, 8 or 4 for each
-            layer, chosen together with its rank (needs `budget="bytes"`). None does not.
+            eigenprune[quantize]`), also those that the allocation leaves dense; with `budget="bytes"`, what rounding
+            costs is measured, and ranks are chosen with it. `auto`: floating point, 8 or 4 for each layer, chosen
+            together with its rank (needs `budget="bytes"`). None does not.
         biases: of a pruned model: the layers that had no bias and were given one. Filled in by `prune_`.
         modules: of a pruned model: {layer name: [layout, rank]}. Filled in when a model is saved.
         quantized: of a pruned model: {Linear, which may be a factor: [bits, numbers that share a scale]}. Filled in
@@ -146,11 +147,13 @@ class EigenpruneConfig(QuantizationConfigMixin):
             return
         if isinstance(self.bits, bool) or self.bits not in (*BITS, AUTO):
             raise ConfigError(f"bits {self.bits!r} is unknown; there are: {', '.join(map(str, BITS))}, {AUTO}")
-        allocation = self.allocation or find_method(self.method).allocation
-        if self.bits == AUTO and (self.budget != "bytes" or allocation != "global"):
+        if self.bits == AUTO and self.budget != "bytes":
+            raise ConfigError(f"bits='auto' shares bytes out: it needs budget='bytes', not {self.budget!r}")
+        method = find_method(self.method)
+        if self.budget == "bytes" and ((self.allocation or method.allocation) != "global" or method.probe):
             raise ConfigError(
-                f"bits='auto' chooses bits and ranks together, by one count of bytes: it needs budget='bytes' and "
-                f"allocation='global', not {self.budget!r} and {allocation!r}"
+                f"bits={self.bits!r} with budget='bytes' needs allocation='global' and a method that probes nothing: "
+                "count parameters, or leave the bits to quantize_"
             )
 
     def _check_task(self, removes: bool) -> None:
