@@ -30,12 +30,13 @@ from typing import Any
 import torch
 from environment import ROOT, environment, shared_folder
 from get_smollm2 import get_smollm2
-from quality import Bench, kept_rows
+from quality import EVALUATION_WINDOWS, Bench, kept_rows
 from transformers import AutoModelForCausalLM
 
 from eigenprune import EigenpruneConfig, perplexity, prune_, save_model
 from eigenprune.calibrate import default_cache_dir
 from eigenprune.quantize import quantize_
+from eigenprune.report import PruneReport
 
 RESULTS = ROOT / "benchmarks" / "results" / "pareto.jsonl"
 STYLES = {  # family: (colour, marker)
@@ -57,7 +58,6 @@ class Row:
     bits: int | str
     keep: float = 1.0
     budget: str = "parameters"
-    rank_multiple: int = 8
 
     @property
     def family(self) -> str:
@@ -74,59 +74,81 @@ class Row:
         return f"{self.family}, keep {self.keep:g}{' of the bytes' if self.budget == 'bytes' else ''}"
 
 
-ROWS = (
+ROWS = (  # in the order in which they are wanted; those of one pruned model follow each other
     Row("dense", 0),
     Row("dense", 8),
     Row("dense", 4),
     Row("pivot", 8, 0.8),
-    Row("pivot", 0, 0.4),  # the bytes of the row before
+    Row("pivot", 4, 0.8),
     Row("pivot", 0, 0.8),
-    Row("pivot", 8, 0.6),
-    Row("pivot", 0, 0.5),  # the bytes of dense int8
-    Row("pivot", 4, 0.8, rank_multiple=32),
+    Row("pivot", 0, 0.4),  # the bytes of int8 at 0.8
     Row("pivot", "auto", 0.4, "bytes"),
-    Row("pivot", "auto", 0.3, "bytes"),
-    Row("pair", 0, 0.8),
-    Row("pair", 8, 0.8),
-    Row("pivot", 8, 0.9),
-    Row("pivot", 0, 0.3),
+    Row("pivot", 0, 0.5),  # the bytes of dense int8
+    Row("pivot", 8, 0.6),
     Row("pivot", 0, 0.6),
-    Row("pivot", 4, 0.9, rank_multiple=32),
+    Row("pivot", 4, 0.6),
+    Row("pivot", "auto", 0.3, "bytes"),
+    Row("pivot", 0, 0.3),  # the bytes of int8 at 0.6
+    Row("pair", 8, 0.8),
+    Row("pair", 0, 0.8),
+    Row("pivot", 8, 0.9),
+    Row("pivot", 0, 0.9),
+    Row("pivot", "auto", 0.5, "bytes"),
 )
 
 
-def measure(bench: Bench, row: Row) -> dict[str, Any]:
+class Models:
+    """The dense model, and the one that was pruned last: rows that differ in bits only share it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self._last: tuple[tuple[object, ...], Any, PruneReport] | None = None
+
+    def of(self, row: Row) -> tuple[Any, PruneReport | None]:
+        """The model of `row` in float32 or in its bits, and how it was pruned."""
+        if row.layout == "dense":
+            model = copy.deepcopy(self.bench.model)
+            return quantize_(model, int(row.bits), dense=True) if row.bits else model, None
+        key = (row.layout, row.keep, row.budget, row.bits == "auto")
+        if self._last is None or self._last[0] != key:
+            self._last = (key, *self._pruned(row))
+        _, pruned, report = self._last
+        model = copy.deepcopy(pruned)
+        if isinstance(row.bits, int) and row.bits:  # as `prune_` does with `bits`
+            quantize_(model, dict.fromkeys([layer.name for layer in report.chosen], row.bits))
+        return model, report
+
+    def _pruned(self, row: Row) -> tuple[Any, PruneReport]:
+        model = copy.deepcopy(self.bench.model)
+        bits = "auto" if row.bits == "auto" else None
+        config = EigenpruneConfig(keep=row.keep, layout=row.layout, budget=row.budget, bits=bits)
+        windows = self.bench.calibration_windows("wikitext2")
+        return model, prune_(model, config, windows=windows, cache_dir=default_cache_dir(), progress=False)
+
+
+def measure(models: Models, row: Row) -> dict[str, Any]:
     """Make the model of `row`, save it, load it again, and measure that."""
     start = time.perf_counter()
-    model = copy.deepcopy(bench.model)
-    report = None
-    if row.layout != "dense":
-        config = EigenpruneConfig(
-            keep=row.keep,
-            layout=row.layout,
-            budget=row.budget,
-            rank_multiple=row.rank_multiple,
-            bits=row.bits or None,
-        )
-        windows = bench.calibration_windows("wikitext2")
-        report = prune_(model, config, windows=windows, cache_dir=default_cache_dir(), progress=False)
-    elif row.bits:
-        quantize_(model, int(row.bits), dense=True)
+    model, report = models.of(row)
     model.to(torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder) / "model")
         file_bytes = sum(file.stat().st_size for file in (Path(folder) / "model").glob("*.safetensors"))
         model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    made = time.perf_counter() - start
-    found = perplexity(model, bench.windows).to_dict()
-    facts: dict[str, Any] = {"parameters": parameters, "file_bytes": file_bytes, "seconds_to_make": made}
+    facts: dict[str, Any] = {
+        "parameters": parameters,
+        "file_bytes": file_bytes,
+        "seconds_to_make": time.perf_counter() - start,
+    }
     if report is not None:
-        facts["estimated_loss"] = report.loss
+        facts["factored"] = sum(layer.layout != "dense" for layer in report.chosen)
+        facts["estimated_loss"] = report.loss if row.bits in (0, "auto") else None
+    if row.bits == "auto" and report is not None:
         counts = [layer.bits or 16 for layer in report.chosen]
         facts["layers_by_bits"] = {str(bits): counts.count(bits) for bits in sorted(set(counts))}
-        facts["factored"] = sum(layer.layout != "dense" for layer in report.chosen)
-    return {"name": row.name, "family": row.family, **vars(row), **bench.counts, **facts, **found}
+    found = perplexity(model, models.bench.windows).to_dict()
+    return {"name": row.name, "family": row.family, **vars(row), **models.bench.counts, **facts, **found}
 
 
 def at_equal_bytes(rows: list[dict[str, Any]], size: int, family: str) -> float | None:
@@ -142,7 +164,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, the largest first; the last column is what low rank alone has at the same bytes."""
     dense = next(row for row in rows if row["name"] == "dense bf16")
     lines = [
-        f"Dense perplexity {dense['perplexity']:.3f}, {dense['file_bytes']:,} bytes.",
+        f"Dense perplexity {dense['perplexity']:.3f} on {dense['evaluation_windows']} windows of 1024 tokens.",
         "",
         "| model | parameters | bytes of weight files | of dense | perplexity / dense | low rank bf16 at these bytes |",
         "| --- " * 6 + "|",
@@ -180,13 +202,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("nats per token above the dense model")
     panels[1].legend(fontsize=8, frameon=False)
-    figure.suptitle("SmolLM2-135M-Instruct on WikiText-2: size against loss (lower left is better)", fontsize=11)
+    title = f"SmolLM2-135M-Instruct, {dense['evaluation_windows']} windows of WikiText-2: size against loss"
+    figure.suptitle(f"{title} (lower left is better)", fontsize=11)
     figure.savefig(path, dpi=150)
 
 
 def missing(options: argparse.Namespace, rows: Iterable[dict[str, Any]]) -> list[Row]:
-    """The rows to measure."""
-    done = {row["name"] for row in rows}
+    """The rows to measure: those that are not there on as many windows."""
+    done = {row["name"] for row in rows if row["evaluation_windows"] == options.evaluation_windows}
     return [row for row in ROWS if row.name not in done and re.search(options.only, row.name)]
 
 
@@ -194,12 +217,15 @@ def main() -> None:
     """Measure the rows that are missing, or show those that are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="regular expression of row names")
+    parser.add_argument(
+        "--evaluation-windows", type=int, default=EVALUATION_WINDOWS, help="of 1024 tokens, spaced evenly"
+    )
     parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
     parser.add_argument("--picture", type=Path, help="draw the rows kept so far into this file, and measure nothing")
     options = parser.parse_args()
-    rows = kept_rows(options.out)
+    rows = [row for row in kept_rows(options.out) if row["evaluation_windows"] == options.evaluation_windows]
     if options.picture:
         draw(rows, options.picture)
         return
@@ -207,10 +233,13 @@ def main() -> None:
     shared = shared_folder()
     if wanted and shared is None:
         sys.exit("pareto.py needs the texts of the shared folder: set EIGENPRUNE_SHARED")
-    bench = Bench(get_smollm2(options.models), shared) if wanted and shared is not None else None
+    models = None
+    if wanted and shared is not None:
+        bench = Bench(get_smollm2(options.models), shared, evaluation_windows=options.evaluation_windows)
+        models = Models(bench)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for row in wanted if bench is not None else ():
-        rows.append(measure(bench, row) | environment())
+    for row in wanted if models is not None else ():
+        rows.append(measure(models, row) | environment())
         with options.out.open("a", encoding="utf-8") as out:
             out.write(json.dumps(rows[-1]) + "\n")
         print(
