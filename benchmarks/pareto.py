@@ -20,7 +20,6 @@ import math
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,8 +34,8 @@ from transformers import AutoModelForCausalLM
 
 from eigenprune import EigenpruneConfig, perplexity, prune_, save_model
 from eigenprune.calibrate import default_cache_dir
+from eigenprune.layers import low_rank_layers, quantised_bits
 from eigenprune.quantize import quantize_
-from eigenprune.report import PruneReport
 
 RESULTS = ROOT / "benchmarks" / "results" / "pareto.jsonl"
 STYLES = {  # family: (colour, marker)
@@ -74,81 +73,79 @@ class Row:
         return f"{self.family}, keep {self.keep:g}{' of the bytes' if self.budget == 'bytes' else ''}"
 
 
-ROWS = (  # in the order in which they are wanted; those of one pruned model follow each other
+ROWS = (  # in the order in which they are wanted
     Row("dense", 0),
     Row("dense", 8),
     Row("dense", 4),
     Row("pivot", 8, 0.8),
-    Row("pivot", 4, 0.8),
     Row("pivot", 0, 0.8),
+    Row("pivot", 0, 0.6),
+    Row("pivot", 4, 0.8),
+    Row("pivot", 8, 0.6),
+    Row("pivot", 4, 0.6),
     Row("pivot", 0, 0.4),  # the bytes of int8 at 0.8
     Row("pivot", "auto", 0.4, "bytes"),
-    Row("pivot", 0, 0.5),  # the bytes of dense int8
-    Row("pivot", 8, 0.6),
-    Row("pivot", 0, 0.6),
-    Row("pivot", 4, 0.6),
-    Row("pivot", "auto", 0.3, "bytes"),
-    Row("pivot", 0, 0.3),  # the bytes of int8 at 0.6
+    Row("pivot", "auto", 0.25, "bytes"),
     Row("pair", 8, 0.8),
     Row("pair", 0, 0.8),
+    Row("pivot", 0, 0.5),  # the bytes of dense int8
+    Row("pivot", 0, 0.3),  # the bytes of int8 at 0.6
     Row("pivot", 8, 0.9),
     Row("pivot", 0, 0.9),
-    Row("pivot", "auto", 0.5, "bytes"),
 )
 
 
 class Models:
-    """The dense model, and the one that was pruned last: rows that differ in bits only share it."""
+    """The dense model, and pruned ones in float32 that are kept in a folder: rows that differ in bits share them."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self._last: tuple[tuple[object, ...], Any, PruneReport] | None = None
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        self.bench, self.folder = bench, folder
 
-    def of(self, row: Row) -> tuple[Any, PruneReport | None]:
-        """The model of `row` in float32 or in its bits, and how it was pruned."""
+    def of(self, row: Row) -> Any:
+        """The model of `row`, in its bits or in float32."""
         if row.layout == "dense":
             model = copy.deepcopy(self.bench.model)
-            return quantize_(model, int(row.bits), dense=True) if row.bits else model, None
-        key = (row.layout, row.keep, row.budget, row.bits == "auto")
-        if self._last is None or self._last[0] != key:
-            self._last = (key, *self._pruned(row))
-        _, pruned, report = self._last
-        model = copy.deepcopy(pruned)
-        if isinstance(row.bits, int) and row.bits:  # as `prune_` does with `bits`
-            quantize_(model, dict.fromkeys([layer.name for layer in report.chosen], row.bits))
-        return model, report
+            return quantize_(model, int(row.bits), dense=True) if row.bits else model
+        kept = self.folder / f"{row.layout}-{row.budget}-{row.keep:g}{'-auto' if row.bits == 'auto' else ''}"
+        if not kept.exists():
+            self._prune(row, kept)
+        model = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)
+        # As `prune_` does with `bits`: what the allocation left dense too.
+        return quantize_(model, dict.fromkeys(self.bench.layers, row.bits)) if row.bits in (4, 8) else model
 
-    def _pruned(self, row: Row) -> tuple[Any, PruneReport]:
+    def _prune(self, row: Row, folder: Path) -> None:
         model = copy.deepcopy(self.bench.model)
         bits = "auto" if row.bits == "auto" else None
         config = EigenpruneConfig(keep=row.keep, layout=row.layout, budget=row.budget, bits=bits)
         windows = self.bench.calibration_windows("wikitext2")
-        return model, prune_(model, config, windows=windows, cache_dir=default_cache_dir(), progress=False)
+        report = prune_(model, config, windows=windows, cache_dir=default_cache_dir(), progress=False)
+        save_model(model, folder, report=report)
 
 
 def measure(models: Models, row: Row) -> dict[str, Any]:
     """Make the model of `row`, save it, load it again, and measure that."""
-    start = time.perf_counter()
-    model, report = models.of(row)
+    model = models.of(row)
     model.to(torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder) / "model")
         file_bytes = sum(file.stat().st_size for file in (Path(folder) / "model").glob("*.safetensors"))
         model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts: dict[str, Any] = {
-        "parameters": parameters,
+    factored = low_rank_layers(model)
+    linears = {name: layer.right if name in factored else layer for name, layer in chosen_layers(models, model)}
+    bits = [quantised_bits(linear.weight) or 16 for linear in linears.values()]
+    facts = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "file_bytes": file_bytes,
-        "seconds_to_make": time.perf_counter() - start,
+        "factored": len(factored),
+        "layers_by_bits": {str(one): bits.count(one) for one in sorted(set(bits))},
     }
-    if report is not None:
-        facts["factored"] = sum(layer.layout != "dense" for layer in report.chosen)
-        facts["estimated_loss"] = report.loss if row.bits in (0, "auto") else None
-    if row.bits == "auto" and report is not None:
-        counts = [layer.bits or 16 for layer in report.chosen]
-        facts["layers_by_bits"] = {str(bits): counts.count(bits) for bits in sorted(set(counts))}
     found = perplexity(model, models.bench.windows).to_dict()
     return {"name": row.name, "family": row.family, **vars(row), **models.bench.counts, **facts, **found}
+
+
+def chosen_layers(models: Models, model: Any) -> Iterable[tuple[str, Any]]:
+    """The layers of `model` that pruning counts, factored or not."""
+    return ((name, model.get_submodule(name)) for name in models.bench.layers)
 
 
 def at_equal_bytes(rows: list[dict[str, Any]], size: int, family: str) -> float | None:
@@ -221,6 +218,7 @@ def main() -> None:
         "--evaluation-windows", type=int, default=EVALUATION_WINDOWS, help="of 1024 tokens, spaced evenly"
     )
     parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
+    parser.add_argument("--work", type=Path, default=default_cache_dir() / "pareto-benchmark", help="pruned models")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
     parser.add_argument("--picture", type=Path, help="draw the rows kept so far into this file, and measure nothing")
@@ -236,7 +234,7 @@ def main() -> None:
     models = None
     if wanted and shared is not None:
         bench = Bench(get_smollm2(options.models), shared, evaluation_windows=options.evaluation_windows)
-        models = Models(bench)
+        models = Models(bench, options.work)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for row in wanted if models is not None else ():
         rows.append(measure(models, row) | environment())
