@@ -150,6 +150,8 @@ class EigenpruneConfig(QuantizationConfigMixin):
         if self.bits == AUTO and self.budget != "bytes":
             raise ConfigError(f"bits='auto' shares bytes out: it needs budget='bytes', not {self.budget!r}")
         method = find_method(self.method)
+        if method.removal is not None:
+            raise ConfigError(f"method {self.method!r} takes no bits: call eigenprune.quantize.quantize_ afterwards")
         if self.budget == "bytes" and ((self.allocation or method.allocation) != "global" or method.probe):
             raise ConfigError(
                 f"bits={self.bits!r} with budget='bytes' needs allocation='global' and a method that probes nothing: "

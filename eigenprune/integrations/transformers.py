@@ -111,6 +111,8 @@ class EigenpruneHfQuantizer(HfQuantizer):
         ]
         tensors = dict(model.state_dict())
         self.quantization_config.quantized = plain_state_(tensors, model)
+        if not self.quantization_config.quantized:  # not yet, or not any more
+            self.quantization_config.bits = None
         replaced = modules.keys() or self.quantization_config.quantized.keys()
         if replaced:
             tensors[_sentinel(replaced)] = torch.empty(0, dtype=next(model.parameters()).dtype)

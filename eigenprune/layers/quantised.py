@@ -64,4 +64,6 @@ def dequantize_(model: nn.Module) -> nn.Module:
     """Make every quantised weight of `model` a floating-point parameter again, of the same values, in place."""
     for module in quantised_linears(model).values():
         module.weight = nn.Parameter(plain_values(module.get_parameter("weight")).detach())
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False  # type: ignore[assignment]  # of transformers, which then allows .half() and .float()
     return model

@@ -4,6 +4,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from eigenprune.layers import LowRankLinear, dequantize_, low_rank_layers, quant
 from eigenprune.layers.quantised import group_size, tensor_bytes
 from tests.helpers.compare import tensor_hash
 from tests.helpers.reload import reload_in_new_process
-from tests.helpers.tiny_models import logits, tiny_model, token_windows
+from tests.helpers.tiny_models import logits, saved_dense, tiny_model, token_windows
 
 pytest.importorskip("torchao", reason="quantising needs torchao: pip install 'eigenprune[quantize]'")
 
@@ -250,10 +252,59 @@ def test_trainers_of_factors_refuse_integers() -> None:
         retruncate_(model, {LAYER: 8})
 
 
+def test_pruning_and_quantising_while_loading(tmp_path: Path) -> None:
+    dense = saved_dense("llama", tmp_path / "dense")
+    config = EigenpruneConfig(keep=0.6, method="svd", allocation="uniform", bits=8)
+    with pytest.warns(UserWarning, match="looks at no data"):
+        model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    assert quantised_linears(model)
+    assert model.is_quantized  # transformers then refuses .half() and .float(), which torchao's tensors do not follow
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(again), logits(model))
+    dequantize_(model).half()
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+def test_layers_on_disk_are_refused(honest: Path, tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    with pytest.raises(CheckpointError, match="onto one device"):
+        AutoModelForCausalLM.from_pretrained(honest, device_map=places, offload_folder=tmp_path / "offload")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_lora_around_quantised_factors_trains_and_is_not_merged(bits: int) -> None:
+    peft = pytest.importorskip("peft", reason="adapters need peft: pip install 'eigenprune[peft]'")
+    model = quantize_(pruned(), bits)
+    before = logits(model)
+    config = peft.LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights="gaussian")
+    adapted = peft.get_peft_model(model, config)
+    assert torch.equal(logits(adapted), before)
+    ids = token_windows(2, 12)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    gradients = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert gradients
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+    with pytest.raises(ConfigError, match="quantised"):
+        adapted.merge_and_unload()
+
+
+def test_command_line_prunes_quantises_and_inspects(tmp_path: Path) -> None:
+    dense, out = saved_dense("llama", tmp_path / "dense"), tmp_path / "out"
+    command = [sys.executable, "-m", "eigenprune.cli"]
+    settings = ["--keep", "0.6", "--method", "svd", "--allocation", "uniform", "--bits", "8", "--json"]
+    for arguments in (["prune", str(dense), "--out", str(out), *settings], ["inspect", str(out), "--json"]):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        layers = json.loads(done.stdout)["layers"]
+        assert {layer["bits"] for layer in layers if layer["layout"] == "pivot"} == {8}
+
+
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = pruned("qwen2")
-    quantize_(model, {LAYER: 4, **dict.fromkeys([name for name in low_rank_layers(model) if name != LAYER], 8)})
+    model = pruned("qwen2", skip=("q_proj",))
+    quantize_(model, dict.fromkeys([*low_rank_layers(model), ALONE], 8) | {LAYER: 4})
     folder = tmp_path_factory.mktemp("honest") / "model"
     model.save_pretrained(folder)
     return folder
@@ -275,6 +326,7 @@ def _tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str
     "change",
     [
         pytest.param(_forget(f"{LAYER}.right"), id="a factor is not named"),
+        pytest.param(_forget(ALONE), id="a layer alone is not named"),
         pytest.param(_set(f"{LAYER}.right", [8, 96]), id="other bits"),
         pytest.param(_set(f"{LAYER}.right", [4, 7]), id="a group that does not fit"),
         pytest.param(_set(f"{LAYER}.right", [4, 48]), id="another group"),
@@ -305,8 +357,6 @@ def test_files_that_lie_are_refused(
 
 
 def test_without_torchao_the_extra_is_named(honest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # what an import meets where nothing is installed
     with pytest.raises(ConfigError, match=r"eigenprune\[quantize\]"):
         AutoModelForCausalLM.from_pretrained(honest)
@@ -319,7 +369,7 @@ def test_card_counts_logical_parameters(honest: Path) -> None:
     from eigenprune.hub.facts import read_facts
 
     facts = read_facts(honest)
-    plain = pruned("qwen2")
+    plain = pruned("qwen2", skip=("q_proj",))
     assert facts.parameters[1] == sum(p.numel() for p in plain.parameters())
     assert facts.parameters[0] == sum(p.numel() for p in tiny_model("qwen2").parameters())
     assert facts.weight_bytes[0] == 4 * facts.parameters[0]
