@@ -45,6 +45,7 @@ STYLES = {  # family: (colour, marker)
     "pivot int8": ("#c0392b", "o"),
     "pair int8": ("#e59866", "v"),
     "pivot int4": ("#2e8b57", "o"),
+    "pair int4": ("#82c99d", "v"),
     "ranks and bits together": ("#8e44ad", "*"),
 }
 
@@ -87,6 +88,7 @@ ROWS = (  # in the order in which they are wanted
     Row("pivot", "auto", 0.4, "bytes"),
     Row("pivot", "auto", 0.25, "bytes"),
     Row("pair", 8, 0.8),
+    Row("pair", 4, 0.8),
     Row("pair", 0, 0.8),
     Row("pivot", 0, 0.5),  # the bytes of dense int8
     Row("pivot", 0, 0.3),  # the bytes of int8 at 0.6
