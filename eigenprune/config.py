@@ -57,7 +57,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
         bits: quantise the pruned layers when all else is done: 8 or 4, weight-only, by torchao (`pip install
             eigenprune[quantize]`), also those that the allocation leaves dense; with `budget="bytes"`, what rounding
             costs is measured, and ranks are chosen with it. `auto`: floating point, 8 or 4 for each layer, chosen
-            together with its rank (needs `budget="bytes"`). None does not.
+            together with its rank (needs `budget="bytes"`). 4 is for layout `pair`, or `budget="bytes"`. None does not.
         biases: of a pruned model: the layers that had no bias and were given one. Filled in by `prune_`.
         modules: of a pruned model: {layer name: [layout, rank]}. Filled in when a model is saved.
         quantized: of a pruned model: {Linear, which may be a factor: [bits, numbers that share a scale]}. Filled in
@@ -152,6 +152,11 @@ class EigenpruneConfig(QuantizationConfigMixin):
         method = find_method(self.method)
         if method.removal is not None:
             raise ConfigError(f"method {self.method!r} takes no bits: call eigenprune.quantize.quantize_ afterwards")
+        if self.bits == 4 and self.layout == "pivot" and self.budget != "bytes":
+            raise ConfigError(
+                "bits=4 breaks pivot factors: each row is a sum of many others, and so are their rounding errors. Use "
+                "layout='pair', or budget='bytes', which measures what rounding does and chooses by it"
+            )
         if self.budget == "bytes" and ((self.allocation or method.allocation) != "global" or method.probe):
             raise ConfigError(
                 f"bits={self.bits!r} with budget='bytes' needs allocation='global' and a method that probes nothing: "

@@ -8,7 +8,7 @@ from torch import nn
 from eigenprune.layers import low_rank_layers
 from eigenprune.prune.run import Run
 from eigenprune.prune.savable import model_size
-from eigenprune.quantize import quantize_, require_torchao
+from eigenprune.quantize import quantize_layers_, require_torchao
 from eigenprune.report import PruneReport
 from eigenprune.spectral import Allocation
 
@@ -32,7 +32,7 @@ def quantise(run: Run, report: PruneReport, found: Allocation) -> PruneReport:
         if value and (name in factored or type(run.model.get_submodule(name)) is nn.Linear)
     }
     if wanted:
-        quantize_(run.model, wanted)
+        quantize_layers_(run.model, wanted)
     layers = tuple(replace(layer, bits=wanted.get(layer.name)) for layer in report.layers)
     return replace(report, layers=layers, model_bytes=(report.model_bytes[0], model_size(run.model)[1]))
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`quantize_`: the factors of a pruned model, and dense layers on request, in int8 or int4."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,11 @@ from eigenprune.quantize.stored import stored_entry
 from eigenprune.quantize.tensors import check_bits, quantised_weight, require_torchao
 from eigenprune.report import base_facts, versions
 
+PIVOT_WARNING = (
+    "int4 on factors in layout pivot: most rows of such a layer are sums of many others, whose rounding errors add up, "
+    "and the model may be of no use. Prune with layout='pair', or with budget='bytes' and bits, or take 8 bits"
+)
+
 
 def quantize_(model: nn.Module, bits: int | Mapping[str, int], *, dense: bool = False) -> nn.Module:
     """Quantise weights of `model` in place, weight-only, by torchao; prune, recover and merge first.
@@ -25,7 +31,8 @@ def quantize_(model: nn.Module, bits: int | Mapping[str, int], *, dense: bool = 
     Args:
         model: its factored layers are quantised: both factors of each.
         bits: 8, a scale for each row; or 4, a scale for each group of 32 in a row (16, 8 or the whole row where the
-            columns are no multiple). Or {layer: bits}, for these layers only, factored or dense.
+            columns are no multiple), which layout `pivot` does not survive (a warning). Or {layer: bits}, for these
+            layers only, factored or dense.
         dense: also the dense layers that `prune_` would choose; not heads, tied weights and GPT-2's `Conv1D`.
 
     Returns:
@@ -37,6 +44,14 @@ def quantize_(model: nn.Module, bits: int | Mapping[str, int], *, dense: bool = 
         WeightError: a weight is on the meta device.
     """
     wanted = _layers(model, bits, dense)
+    factored = low_rank_layers(model)
+    if any(bits == 4 and name in factored and factored[name].layout == "pivot" for name, bits in wanted.items()):
+        warnings.warn(PIVOT_WARNING, stacklevel=2)
+    return quantize_layers_(model, wanted)
+
+
+def quantize_layers_(model: nn.Module, wanted: Mapping[str, int]) -> nn.Module:
+    """`quantize_` for {layer: bits} that were chosen by what rounding does to them: without a warning."""
     for value in wanted.values():
         check_bits(value)
     require_torchao("quantising")

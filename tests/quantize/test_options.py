@@ -156,6 +156,7 @@ def test_kept_losses_are_not_measured_again(tmp_path: Path) -> None:
         ({"bits": 8, "budget": "bytes", "allocation": "uniform"}, "allocation='global'"),
         ({"bits": 8, "budget": "bytes", "method": "kfac-probe"}, "probes nothing"),
         ({"bits": 8, "method": "eigenprune"}, "takes no bits"),
+        ({"bits": 4}, "breaks pivot factors"),
         ({"bits": 2}, "bits 2"),
         ({"bits": True}, "bits True"),
     ],

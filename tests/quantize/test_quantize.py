@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def test_prune_with_bits_quantises_dense_layers_too_and_saves_fewer_bytes(tmp_pa
 
 def test_report_counts_the_bytes_that_are_saved(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    config = EigenpruneConfig(keep=0.6, method="svd", allocation="uniform", bits=4)
+    config = EigenpruneConfig(keep=0.6, method="svd", allocation="uniform", bits=4, layout="pair")
     with pytest.warns(UserWarning, match="looks at no data"):
         report = prune_(model, config, progress=False)
     save_model(model, tmp_path / "model", report=report)
@@ -161,6 +162,16 @@ def test_report_counts_the_bytes_that_are_saved(tmp_path: Path) -> None:
     assert report.model_bytes[1] == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     assert {layer.bits for layer in report.chosen} == {4}
     assert report.settings["bits"] == 4
+
+
+def test_int4_on_pivot_factors_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="layout pivot"):
+        quantize_(pruned(layout="pivot"), 4)
+    pair, pivot = pruned(layout="pair"), pruned(layout="pivot")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_(pair, 4)
+        quantize_(pivot, 8)
 
 
 def test_dense_layers_are_quantised_without_pruning(tmp_path: Path) -> None:
