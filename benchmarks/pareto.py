@@ -38,6 +38,7 @@ from eigenprune.layers import low_rank_layers, quantised_bits
 from eigenprune.quantize import quantize_
 
 RESULTS = ROOT / "benchmarks" / "results" / "pareto.jsonl"
+MOST_NATS = 2.0  # of the picture
 STYLES = {  # family: (colour, marker)
     "dense": ("#222222", "s"),
     "pivot bf16": ("#2c6fbb", "o"),
@@ -183,6 +184,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     dense = next(row for row in rows if row["name"] == "dense bf16")
+    beyond = [row["name"] for row in rows if math.log(row["perplexity"] / dense["perplexity"]) > MOST_NATS]
+    rows = [row for row in rows if row["name"] not in beyond]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     axes = (("file_bytes", "MB of weight files"), ("parameters", "million parameters"))
@@ -192,6 +195,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             sizes = [row[key] / 1e6 for row in mine]
             losses = [math.log(row["perplexity"] / dense["perplexity"]) for row in mine]
             line = "" if family == "dense" else "-"
+            if not mine:
+                continue
             panel.plot(sizes, losses, line, color=color, marker=marker, label=family, markersize=6, linewidth=1.2)
             for row, x, y in zip(mine, sizes, losses, strict=True):
                 word = row["name"].removeprefix("dense ") if family == "dense" else f"{row['keep']:g}"
@@ -202,7 +207,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     panels[0].set_ylabel("nats per token above the dense model")
     panels[1].legend(fontsize=8, frameon=False)
     title = f"SmolLM2-135M-Instruct, {dense['evaluation_windows']} windows of WikiText-2: size against loss"
-    figure.suptitle(f"{title} (lower left is better)", fontsize=11)
+    note = f"\nnot drawn, above {MOST_NATS:g} nats: {', '.join(beyond)}" if beyond else ""
+    figure.suptitle(f"{title} (lower left is better){note}", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
