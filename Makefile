@@ -74,5 +74,5 @@ $(VENV)/.demo: $(VENV)/.torch $(INPUTS)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(INPUTS)
-	$(INSTALL) '.[test,dev,demo,peft,plots]'
+	$(INSTALL) '.[test,dev,demo,peft,plots,quantize]'
 	touch $@ $(VENV)/.demo

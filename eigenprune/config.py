@@ -12,11 +12,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from eigenprune.calibrate import SOURCES
 from eigenprune.entries.delta_header import check_delta_header
 from eigenprune.errors import ConfigError
-from eigenprune.layers import LAYOUTS
+from eigenprune.layers import BITS, LAYOUTS
 from eigenprune.spectral import ALLOCATIONS, BUDGETS, find_method
 
 QUANT_METHOD = "eigenprune"
-FORMAT_VERSION = 1
+AUTO = "auto"
+FORMAT_VERSION = 2  # the newest that is read; what holds nothing new is still written as the oldest
+QUANTISED_FORMAT = 2
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 UNSET = float("nan")  # told by identity: the method decides then
 LARGEST_SIDE = 1 << 24  # a rank beyond this is a lie, told before anything is allocated
@@ -52,8 +54,14 @@ class EigenpruneConfig(QuantizationConfigMixin):
         seed: of sampled text, and of methods that draw labels.
         task: the name of the task to be better at, for methods such as `eigenprune`; see `eigenprune task --list`.
         remove: at most this fraction of all components is removed for the task, in (0, 1]; None takes 0.01.
+        bits: quantise the pruned layers when all else is done: 8 or 4, weight-only, by torchao (`pip install
+            eigenprune[quantize]`), also those that the allocation leaves dense; with `budget="bytes"`, what rounding
+            costs is measured, and ranks are chosen with it. `auto`: floating point, 8 or 4 for each layer, chosen
+            together with its rank (needs `budget="bytes"`). 4 is for layout `pair`, or `budget="bytes"`. None does not.
         biases: of a pruned model: the layers that had no bias and were given one. Filled in by `prune_`.
         modules: of a pruned model: {layer name: [layout, rank]}. Filled in when a model is saved.
+        quantized: of a pruned model: {Linear, which may be a factor: [bits, numbers that share a scale]}. Filled in
+            when a model is saved.
         provenance: of a pruned model: how it was made. Filled in by `prune_`.
         delta: of a sparse delta: its base, and how its entries were chosen. Filled in by `eigenprune delta make`.
         format_version: of the saved form; a newer one than this package knows is refused.
@@ -79,11 +87,13 @@ class EigenpruneConfig(QuantizationConfigMixin):
     seed: int = 0
     task: str | None = None
     remove: float | None = None
+    bits: int | str | None = None
     biases: Sequence[str] = ()
     modules: dict[str, list[Any]] = field(default_factory=dict)
+    quantized: dict[str, list[int]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     delta: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     def __post_init__(self) -> None:
         if not _is_int(self.format_version) or self.format_version < 1:
@@ -119,16 +129,39 @@ class EigenpruneConfig(QuantizationConfigMixin):
             _one_of("calibration", self.calibration, SOURCES)
             if self.texts is not None:
                 raise ConfigError(f"calibration={self.calibration!r} and texts are two sources: give one of them")
+        self._check_bits()
         _check_modules(self.modules)
+        _check_quantized(self.quantized)
         if self.delta != {}:
             check_delta_header(self.delta)
-            if self.modules:
+            if self.modules or self.quantized:
                 raise ConfigError("modules and delta exclude each other: a delta is over a plain model")
         self.biases = _strings("biases", self.biases)
         for name in self.biases:
             _check_layer_name("biases", name)
         if not isinstance(self.provenance, Mapping):
             raise ConfigError(f"provenance must be a mapping, not {type(self.provenance).__name__}")
+
+    def _check_bits(self) -> None:
+        if self.bits is None:
+            return
+        if isinstance(self.bits, bool) or self.bits not in (*BITS, AUTO):
+            raise ConfigError(f"bits {self.bits!r} is unknown; there are: {', '.join(map(str, BITS))}, {AUTO}")
+        if self.bits == AUTO and self.budget != "bytes":
+            raise ConfigError(f"bits='auto' shares bytes out: it needs budget='bytes', not {self.budget!r}")
+        method = find_method(self.method)
+        if method.removal is not None:
+            raise ConfigError(f"method {self.method!r} takes no bits: call eigenprune.quantize.quantize_ afterwards")
+        if self.bits == 4 and self.layout == "pivot" and self.budget != "bytes":
+            raise ConfigError(
+                "bits=4 breaks pivot factors: each row is a sum of many others, and so are their rounding errors. Use "
+                "layout='pair', or budget='bytes', which measures what rounding does and chooses by it"
+            )
+        if self.budget == "bytes" and ((self.allocation or method.allocation) != "global" or method.probe):
+            raise ConfigError(
+                f"bits={self.bits!r} with budget='bytes' needs allocation='global' and a method that probes nothing: "
+                "count parameters, or leave the bits to quantize_"
+            )
 
     def _check_task(self, removes: bool) -> None:
         if not removes and (self.task is not None or self.remove is not None):
@@ -168,7 +201,12 @@ class EigenpruneConfig(QuantizationConfigMixin):
         values["skip"] = list(self.skip)
         values["biases"] = list(self.biases)
         values["modules"] = {name: list(entry) for name, entry in self.modules.items()}
+        values["quantized"] = {name: list(entry) for name, entry in self.quantized.items()}
         values["provenance"] = dict(self.provenance)
+        if self.bits is None and not self.quantized:
+            del values["bits"], values["quantized"]  # a package that knows format 1 only reads it
+        else:
+            values["format_version"] = max(self.format_version, QUANTISED_FORMAT)
         return {"quant_method": self.quant_method, **values}
 
 
@@ -196,6 +234,18 @@ def _strings(name: str, values: object) -> tuple[str, ...]:
 def _check_layer_name(where: str, name: object) -> None:
     if not isinstance(name, str) or len(name) > 512 or not MODULE_NAME.fullmatch(name):
         raise ConfigError(f"{where}: {name!r:.80} is no layer name")
+
+
+def _check_quantized(quantized: object) -> None:
+    if not isinstance(quantized, Mapping):
+        raise ConfigError(f"quantized must map layer names to [bits, group], not be {type(quantized).__name__}")
+    for name, entry in quantized.items():
+        _check_layer_name("quantized", name)
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise ConfigError(f"quantized: {name} must have [bits, group], not {entry!r:.80}")
+        bits, group = entry
+        if not _is_int(bits) or bits not in BITS or not _is_int(group) or not 1 <= group <= LARGEST_SIDE:
+            raise ConfigError(f"quantized: {entry!r:.80} of {name} are no possible bits and group")
 
 
 def _check_modules(modules: object) -> None:

@@ -20,7 +20,7 @@ def inspect(
     ] = False,
     quiet: Annotated[bool, typer.Option(help="No progress, no table.")] = False,
 ) -> None:
-    """Per linear layer: shape, layout, rank, parameters, worth lost, and the reason where it is left dense.
+    """Per linear layer: shape, layout, rank, bits, parameters, worth lost, and the reason where it is left dense.
 
     Example: `eigenprune inspect ./small`
     """
@@ -55,12 +55,20 @@ def describe_layers(model: Any, skip: Any = ()) -> list[Any]:
         if isinstance(module, LowRankLinear):
             shape = (module.out_features, module.in_features)
             cost = factored_parameters(module.rank, *shape, module.layout)
-            reports.append(LayerReport(name, shape, module.layout, module.rank, cost))
+            reports.append(LayerReport(name, shape, module.layout, module.rank, cost, bits=_bits(module.right)))
         elif name in selection.shapes:
             shape = selection.shapes[name]
             reason = selection.skipped.get(name, "")
-            reports.append(LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], None, reason))
+            parameters = shape[0] * shape[1]
+            reports.append(LayerReport(name, shape, "dense", min(shape), parameters, None, reason, _bits(module)))
     return reports
+
+
+def _bits(linear: Any) -> int | None:
+    """Of its weight; None for floating point."""
+    from eigenprune.layers import quantised_bits
+
+    return quantised_bits(linear.weight) or None
 
 
 def _with_saved(layer: Any, saved: dict[str, Any]) -> Any:

@@ -46,6 +46,13 @@ def prune(
     skip: Annotated[
         list[str] | None, typer.Option(help="Regular expression of layers to leave dense; repeatable.")
     ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Then quantise what was pruned, by torchao: 8 or 4; auto (with --budget bytes) chooses ranks and bits "
+            "together. pip install 'eigenprune[quantize]'"
+        ),
+    ] = None,
     recover: Annotated[
         str | None,
         typer.Option(
@@ -76,6 +83,10 @@ def prune(
 
     - `eigenprune prune ./model --out ./small --keep 0.8 --texts my_domain.jsonl --recover --recover-minutes 20`
 
+    - `eigenprune prune ./model --out ./small --keep 0.8 --texts my_domain.jsonl --bits 8`
+
+    - `eigenprune prune ./model --out ./small --keep 0.4 --budget bytes --bits auto --texts my_domain.jsonl`
+
     - `eigenprune prune ./model --out ./small --keep 0.6 --layout pair --skip 'layers[.]0[.]' --json`
     """
     from eigenprune.cli.loading import folder_bytes, load_model, load_tokenizer
@@ -99,6 +110,7 @@ def prune(
         windows=windows,
         window=window,
         seed=seed,
+        bits=int(bits) if bits is not None and bits.isdecimal() else bits,
     )
     minutes = minutes_of(recover, recover_minutes)
     if out.exists() and not overwrite:  # before minutes of work, not after

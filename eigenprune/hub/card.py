@@ -2,7 +2,8 @@
 """The model card: front matter for the Hub, and a body that lets a stranger load, judge and rebuild the model."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def build_card(
         factored=len(facts.layers),
         architecture=_identifier(facts.architecture),
         auto_class=automatic,
+        quantised=bool(facts.config.quantized),
         remote_code=(folder / MODELING_NAME).is_file(),
         revision_argument=f', revision="{revision}"' if revision else "",
         table=_table(facts, measured),
@@ -213,6 +215,7 @@ def _making(facts: CheckpointFacts, pruned_from: str) -> list[list[str]]:
         ["revision of the base", code(base_revision(facts)) if base_revision(facts) else ""],
         ["method", f"{code(config.method)}, {ranks}"],
         ["stored as", f"{code(config.layout)} factors, {DTYPES.get(facts.dtype, 'mixed types')}"],
+        ["quantised", _quantised(config.quantized)],
         ["budget", budget],
         ["layers left dense on request", ", ".join(code(pattern) for pattern in config.skip)],
         ["calibration", _calibration(calibration)],
@@ -222,6 +225,13 @@ def _making(facts: CheckpointFacts, pruned_from: str) -> list[list[str]]:
         ["versions", version_list(config.provenance.get("versions"))],
     ]
     return [row for row in rows if row[1]]
+
+
+def _quantised(entries: Mapping[str, list[int]]) -> str:
+    """How many weights have how many bits; nothing where none is quantised."""
+    counts = Counter(bits for bits, _ in entries.values())
+    parts = [f"{count} weights (factors counted one by one) in int{bits}" for bits, count in sorted(counts.items())]
+    return f"{' and '.join(parts)}, by torchao, weight-only" if parts else ""
 
 
 def _calibration(calibration: dict[str, Any]) -> str:

@@ -8,35 +8,37 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from eigenprune.errors import CheckpointError
 from eigenprune.hub.limits import check_header
 from eigenprune.hub.names import is_weight_name
-from eigenprune.layers import LowRankLinear
+from eigenprune.quantize import NUMBERS, SCALE
 
 SUBFOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)  # `from_pretrained` can be given one
+STORED = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
 FACTOR_DTYPES = ("F64", "F32", "BF16", "F16")  # an 8-bit float without its scale is no weight
 
 
-def check_factor_files(files: Sequence[str | Path], layers: Mapping[str, LowRankLinear]) -> set[str]:
-    """Check that the safetensors `files` hold every tensor of the factored `layers`, in its shape and of its kind.
+def check_factor_files(files: Sequence[str | Path], layers: Mapping[str, nn.Module]) -> set[str]:
+    """Check that the safetensors `files` hold every tensor of these `layers`, in its shape and of its kind.
 
     transformers fills a missing tensor with random numbers and a warning; a pruned model must not run on those.
 
     Args:
         files: all files of the checkpoint.
-        layers: {layer name in the files: the still empty layer, as config and model imply it}.
+        layers: {layer name in the files: the still empty layer, as config and model imply it}: factored ones, with
+            `StoredWeight` in the place of quantised factors, and that alone for quantised dense layers.
 
     Returns:
-        The names of other factored layers that the files hold.
+        The names of other factored or quantised layers that the files hold.
 
     Raises:
         CheckpointError: a file is cut short or no safetensors file, or a tensor is missing, or its shape or type is
             wrong, or pivots are out of range or repeated.
     """
     expected = {
-        f"{name}.{part}": (list(tensor.shape), layer)
+        f"{name}.{part}": (tensor, layer)
         for name, layer in layers.items()
         for part, tensor in layer.state_dict().items()
     }
@@ -53,8 +55,9 @@ def check_factor_files(files: Sequence[str | Path], layers: Mapping[str, LowRank
             with safe_open(file, framework="pt") as opened:
                 found.update(opened.keys())
                 for key in expected.keys() & set(opened.keys()):
-                    shape, layer = expected.pop(key)
-                    _check_tensor(key, opened, shape, layer.out_features)
+                    tensor, layer = expected.pop(key)
+                    _check_tensor(key, opened, list(tensor.shape), int(getattr(layer, "out_features", 0)))
+                    _check_kind(key, opened, tensor.dtype)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file.name} is missing, cut short or damaged ({error}): download or save it again"
@@ -65,7 +68,11 @@ def check_factor_files(files: Sequence[str | Path], layers: Mapping[str, LowRank
             f"{len(expected)} tensors of factored layers are missing from the checkpoint, among them {some}"
         )
     factored = {key.removesuffix(".right.weight") for key in found if key.endswith(".right.weight")}
-    return {name for name in factored if f"{name}.left.weight" in found} - layers.keys()
+    others = {name for name in factored if f"{name}.left.weight" in found}
+    numbers = {key.removesuffix(f".{NUMBERS}") for key in found if key.endswith(f".{NUMBERS}")}
+    # Of a quantised factor the layer is named, where that is no layer of its own.
+    others |= {name.removesuffix(".right").removesuffix(".left") for name in numbers}
+    return others - layers.keys()
 
 
 def check_bias_files(files: Sequence[str | Path], biases: Mapping[str, int]) -> None:
@@ -109,8 +116,16 @@ def _check_tensor(key: str, opened: Any, shape: list[int], out_features: int) ->
         raise CheckpointError(f"{key} has shape {list(part.get_shape())} in the file, and {shape} by the config")
     if key.endswith(".pivots"):
         check_pivots(opened.get_tensor(key), out_features, key)
-    elif part.get_dtype() not in FACTOR_DTYPES:
+    elif not key.endswith(f".{NUMBERS}") and part.get_dtype() not in FACTOR_DTYPES:
         raise CheckpointError(f"{key} is stored as {part.get_dtype()}, not as one of {', '.join(FACTOR_DTYPES)}")
+
+
+def _check_kind(key: str, opened: Any, dtype: torch.dtype) -> None:
+    """Of the parts of a quantised weight the dtype too: it says how they are read."""
+    if key.endswith((f".{NUMBERS}", f".{SCALE}")):
+        found = opened.get_slice(key).get_dtype()
+        if found != STORED[dtype]:
+            raise CheckpointError(f"{key} is stored as {found}, not as {STORED[dtype]}")
 
 
 def check_pivots(pivots: Tensor, out_features: int, key: str) -> None:

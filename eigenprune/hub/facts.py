@@ -15,9 +15,11 @@ from eigenprune.errors import CheckpointError
 from eigenprune.hub.limits import LARGEST_INDEX, check_header, read_json
 from eigenprune.hub.names import is_weight_name
 from eigenprune.layers import factored_parameters
+from eigenprune.quantize import NUMBERS, SCALE
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTISED = "quantised"  # in the place of a dtype
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -46,7 +48,7 @@ class CheckpointFacts:
         layers: the factored ones, by name.
         dtype: of most parameters, as safetensors writes it.
         parameters: of the whole model (dense, pruned).
-        weight_bytes: of all tensors (dense in the same dtype, pruned).
+        weight_bytes: of all tensors (dense in the same floating dtype, pruned).
         files: SHA-256 of each weight file.
     """
 
@@ -82,6 +84,8 @@ def read_facts(folder: Path) -> CheckpointFacts:
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
         headers |= _header(file)
+    weight_bytes = sum(math.prod(shape) * ITEM_BYTES.get(dtype, 1) for dtype, shape in headers.values())
+    headers = _unquantised(headers, pruned.quantized)
     layers = tuple(_layer(name, layout, rank, headers) for name, (layout, rank) in sorted(pruned.modules.items()))
     sizes = {key: math.prod(shape) for key, (_, shape) in headers.items()}
     floating = {key for key, (dtype, _) in headers.items() if dtype.startswith(("F", "BF"))}
@@ -89,8 +93,10 @@ def read_facts(folder: Path) -> CheckpointFacts:
     for key in floating:
         amounts[headers[key][0]] += sizes[key]
     dtype = amounts.most_common(1)[0][0] if amounts else "F32"
-    parameters = sum(sizes[key] for key in floating)
-    weight_bytes = sum(sizes[key] * ITEM_BYTES.get(headers[key][0], 1) for key in headers)
+    parameters = sum(size for key, size in sizes.items() if key in floating or headers[key][0] == QUANTISED)
+    floating_bytes = sum(
+        sizes[key] * ITEM_BYTES.get(dtype if kind == QUANTISED else kind, 1) for key, (kind, _) in headers.items()
+    )
     removed = sum(
         layer.shape[0] * layer.shape[1] - factored_parameters(layer.rank, *layer.shape, layer.layout)
         for layer in layers
@@ -103,7 +109,7 @@ def read_facts(folder: Path) -> CheckpointFacts:
         layers=layers,
         dtype=dtype,
         parameters=(parameters + removed, parameters),
-        weight_bytes=(weight_bytes + removed * ITEM_BYTES.get(dtype, 1) - pivots, weight_bytes),
+        weight_bytes=(floating_bytes + removed * ITEM_BYTES.get(dtype, 1) - pivots, weight_bytes),
         files={file.name: file_hash(file) for file in files},
     )
 
@@ -164,6 +170,19 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             return {key: (str(part.get_dtype()), tuple(part.get_shape())) for key, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file.name} is cut short or damaged: save or download the model again") from error
+
+
+def _unquantised(
+    headers: Mapping[str, tuple[str, tuple[int, ...]]], quantized: Mapping[str, list[int]]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """`headers` with one weight in the place of the parts of each quantised one, of the dtype `QUANTISED`."""
+    found = dict(headers)
+    for name, (_, group) in quantized.items():
+        numbers, scale = found.pop(f"{name}.{NUMBERS}", None), found.pop(f"{name}.{SCALE}", None)
+        if numbers is None or scale is None or len(scale[1]) != 2:
+            raise CheckpointError(f"the weight files hold no quantised weight of {name}, as config.json says")
+        found[f"{name}.weight"] = (QUANTISED, (scale[1][0], scale[1][1] * group))
+    return found
 
 
 def _layer(name: str, layout: str, rank: int, headers: Mapping[str, tuple[str, tuple[int, ...]]]) -> FactoredLayer:

@@ -109,6 +109,8 @@ def _check_configs(configs: list[dict[str, Any]], names: tuple[str, str]) -> Non
         method = (config.get("quantization_config") or {}).get("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise CheckpointError(f"{name} is quantised ({method}): give the model in floating point")
+        if (config.get("quantization_config") or {}).get("quantized"):
+            raise CheckpointError(f"{name} holds weights in few bits: give the model in floating point")
     for key, word in (("architectures", "architecture"), ("model_type", "model type"), ("vocab_size", "vocabulary")):
         one, other = (config.get(key) for config in configs)
         if one != other:

@@ -21,6 +21,8 @@ def rebuild_command(facts: CheckpointFacts, base: str) -> str:
         return ""  # texts or windows that a Python program made
     if recovery_facts(facts):
         return ""  # trained, for as long as a clock allowed or as a Python program said
+    if config.quantized and config.bits is None:
+        return ""  # by a Python program, which may have chosen the layers
     lines = [f"eigenprune prune {shell_word(base)}"]
     if base_revision(facts):
         lines.append(f"--revision {base_revision(facts)}")
@@ -29,7 +31,7 @@ def rebuild_command(facts: CheckpointFacts, base: str) -> str:
     lines.append(
         f"--method {config.method} --layout {config.layout}{allocation} --rank-multiple {config.rank_multiple}"
     )
-    others = {"budget": "parameters", "min_keep": 0.0, "prior": 0.0}
+    others = {"budget": "parameters", "min_keep": 0.0, "prior": 0.0, "bits": None}
     changed = {name: vars(config)[name] for name, usual in others.items() if vars(config)[name] != usual}
     if changed:
         lines.append(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items()))

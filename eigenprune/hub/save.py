@@ -16,7 +16,8 @@ from eigenprune.hub.checkpoint import check_pivots
 from eigenprune.hub.digests import write_digests
 from eigenprune.hub.modeling import write_modeling
 from eigenprune.hub.whole_folder import whole_folder
-from eigenprune.layers import low_rank_layers
+from eigenprune.layers import is_quantised, low_rank_layers, plain_values, quantised_linears, tensor_bytes
+from eigenprune.quantize import check_savable
 from eigenprune.report import PruneReport
 
 REPORT_NAME = "prune_report.json"
@@ -53,7 +54,8 @@ def save_model(
 
     Raises:
         CheckpointError: the folder is there already and `overwrite` is not set, a factor has the wrong shape or type
-            or is not finite, or the disk refuses (full, read-only). What was there before stays.
+            or is not finite, a modelling file is asked for and the model is quantised, or the disk refuses (full,
+            read-only). What was there before stays.
 
     A process that is killed in between leaves its unfinished folder (`.NAME.*.saving`) to the next save there.
     """
@@ -63,6 +65,8 @@ def save_model(
     if folder.exists() and not (folder.is_dir() and _looks_like_model(folder)):
         raise CheckpointError(f"{folder} holds something other than a model; it is not overwritten")
     check_factors(model)
+    if remote_code and quantised_linears(model):
+        raise CheckpointError("a quantised model needs eigenprune and torchao to load: it gets no modelling file")
     with whole_folder(folder) as staged:
         _check_space(model, folder)
         model.save_pretrained(staged, max_shard_size=max_shard_size)
@@ -93,7 +97,9 @@ def check_factors(model: nn.Module) -> None:
                 raise CheckpointError(
                     f"{name}.{part} is not a floating-point matrix of shape {shape}; it cannot be saved"
                 )
-            if weight.device.type != "meta" and not torch.isfinite(weight).all():
+            if is_quantised(weight):
+                check_savable(f"{name}.{part}", weight)
+            if weight.device.type != "meta" and not torch.isfinite(plain_values(weight)).all():
                 raise CheckpointError(f"{name}.{part} holds NaN or infinity; it is not saved")
 
 
@@ -110,7 +116,7 @@ def _save_tokenizer(tokenizer: Any, staged: Path) -> None:
 def _check_space(model: nn.Module, folder: Path) -> None:
     """Refuse before writing gigabytes that do not fit; the old folder goes only after the new one is there."""
     tensors = chain(model.parameters(), model.buffers())
-    needed = int(SPACE * sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    needed = int(SPACE * sum(map(tensor_bytes, tensors)))
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise CheckpointError(f"{folder} needs {needed:,} bytes, and its disk has {free:,} free; nothing was changed")

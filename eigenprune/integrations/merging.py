@@ -20,6 +20,8 @@ from eigenprune.layers import (
     factored_parameters,
     is_conv1d,
     is_dense,
+    is_quantised,
+    plain_values,
     replace_module_,
 )
 from eigenprune.spectral import Metric, components, find_method, layer_metric, pivot_factors
@@ -55,7 +57,7 @@ class Delta:
 
 def full_factors(layer: LowRankLinear) -> tuple[Tensor, Tensor]:
     """`left [out, rank]`, `right [rank, in]` of either layout, float64: the weight [out, in] is their product."""
-    left, right = layer.left.weight.detach().double(), layer.right.weight.detach().double()
+    left, right = (plain_values(part.weight).detach().double() for part in (layer.left, layer.right))
     if layer.layout == "pivot":
         rows = torch.cat([torch.eye(layer.rank, dtype=left.dtype, device=left.device), left])
         left = rows.index_select(0, layer.row_positions())
@@ -231,6 +233,9 @@ def _mergeable(model: nn.Module, name: str) -> nn.Module:
         raise ConfigError(f"{name} still has adapters around it: call merge_and_unload first")
     if not (isinstance(layer, LowRankLinear) or is_dense(layer)):
         raise ConfigError(f"{name} is a {type(layer).__name__}, not a linear layer")
+    parts = [layer.left, layer.right] if isinstance(layer, LowRankLinear) else [layer]
+    if any(is_quantised(part.get_parameter("weight")) for part in parts):
+        raise ConfigError(f"{name} is quantised: dequantize_ the model, truncate it, and quantise it again")
     return layer
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantizer plug-in: prune on load, save, and load again with plain `from_pretrained`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from eigenprune.layers import (
     is_conv1d,
     is_dense,
     low_rank_layers,
+    quantised_linears,
     replace_module_,
     to_dense_,
 )
+from eigenprune.quantize import StoredWeight, finish_stored_, plain_state_, require_torchao
 
 
 class EigenpruneHfQuantizer(HfQuantizer):
@@ -50,17 +53,37 @@ class EigenpruneHfQuantizer(HfQuantizer):
                 continue
             layers[saved_name] = empty_factored_layer(model.get_submodule(name), saved_name, layout, rank)
             replace_module_(model, name, layers[saved_name])
+        quantised = self._put_stored_weights(model)
         if checkpoint_files is not None:
             config: Any = model.config
             check_places(checkpoint_files, config.name_or_path)
-            unnamed = check_factor_files(checkpoint_files, layers) - self.quantization_config.modules.keys()
+            named = self.quantization_config.modules.keys() | self.quantization_config.quantized.keys()
+            unnamed = check_factor_files(checkpoint_files, layers | quantised) - named
             _refuse_unnamed(model, unnamed)
             check_bias_files(checkpoint_files, biases)
-        if self.quantization_config.modules:
-            _ignore_sentinel(model, self.quantization_config.modules)
+        replaced = self.quantization_config.modules.keys() or self.quantization_config.quantized.keys()
+        if replaced:
+            _ignore_sentinel(model, replaced)
+
+    def _put_stored_weights(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Put what the files hold of quantised weights in their place; by saved name those that are no factors."""
+        entries = self.quantization_config.quantized
+        if entries:
+            require_torchao("a model with quantised weights")
+        alone: dict[str, nn.Module] = {}
+        for saved_name, (bits, group) in entries.items():
+            name = _name_in(model, saved_name)
+            if name is None:
+                continue
+            stored = StoredWeight(model.get_submodule(name), saved_name, bits, group)
+            replace_module_(model, name, stored)
+            if not isinstance(model.get_submodule(name.rpartition(".")[0]), LowRankLinear):
+                alone[saved_name] = stored
+        return alone
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
-        """Prune, where a dense checkpoint was loaded with an `EigenpruneConfig`."""
+        """Prune, where a dense checkpoint was loaded with an `EigenpruneConfig`; rebuild quantised weights."""
+        finish_stored_(model)
         if not self.pre_quantized and not low_rank_layers(model):
             from eigenprune.prune import prune_
 
@@ -75,24 +98,29 @@ class EigenpruneHfQuantizer(HfQuantizer):
                 config: Any = getattr(module, "config", None)
                 if hasattr(config, "_is_quantized"):
                     del config._is_quantized
-        # The weights are plain floating-point numbers: .half(), .float() and full fine-tuning may go ahead.
-        model.is_quantized = False  # type: ignore[assignment]
+        # Where the weights are plain floating-point numbers, .half(), .float() and full fine-tuning may go ahead.
+        model.is_quantized = bool(quantised_linears(model))  # type: ignore[assignment]
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors to save. Layout and rank of every layer go into the config as they are now."""
+        """The tensors to save. Layout, rank and bits of every layer go into the config as they are now."""
         modules = {name: [module.layout, module.rank] for name, module in low_rank_layers(model).items()}
         self.quantization_config.modules = modules
         self.quantization_config.biases = [
             name for name in self.quantization_config.biases if _has(model, name) and _has_bias(model, name)
         ]
         tensors = dict(model.state_dict())
-        if modules:
-            tensors[_sentinel(modules)] = torch.empty(0, dtype=next(model.parameters()).dtype)
+        self.quantization_config.quantized = plain_state_(tensors, model)
+        if not self.quantization_config.quantized:  # not yet, or not any more
+            self.quantization_config.bits = None
+        replaced = modules.keys() or self.quantization_config.quantized.keys()
+        if replaced:
+            tensors[_sentinel(replaced)] = torch.empty(0, dtype=next(model.parameters()).dtype)
         # No metadata of our own: more than one entry makes the order in the header, and so the file's hash, random.
         return tensors, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        self.quantization_config.quantized = {}
         return to_dense_(model)
 
     def is_serializable(self) -> bool:
@@ -101,13 +129,13 @@ class EigenpruneHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are plain parameters: yes."""
+        """Factors are plain parameters: yes; around quantised ones, adapters are."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """The whole model may be trained, not adapters only."""
-        return True
+        """The whole model may be trained, not adapters only, unless it is quantised."""
+        return not self.quantization_config.quantized
 
     @property
     def is_compileable(self) -> bool:
@@ -173,7 +201,7 @@ def _name_in(model: nn.Module, saved_name: str) -> str | None:
     if other_class and not saved_name.startswith(prefix):
         return None
     raise CheckpointError(
-        f"the config says that {saved_name} is factored, but {type(model).__name__} has no such layer"
+        f"the config says that {saved_name} is factored or quantised, but {type(model).__name__} has no such layer"
     )
 
 
@@ -199,10 +227,13 @@ def _refuse_unnamed(model: nn.Module, names: set[str]) -> None:
     for saved_name in sorted(names):
         for name in (saved_name, prefix + saved_name, saved_name.removeprefix(prefix)):
             if _has(model, name) and is_dense(model.get_submodule(name)):
-                raise CheckpointError(f"the checkpoint holds factors of {saved_name}, which its config does not name")
+                raise CheckpointError(
+                    f"the checkpoint holds factors of {saved_name}, or its weight in few bits, which its config does "
+                    "not name"
+                )
 
 
-def _sentinel(modules: dict[str, list[Any]]) -> str:
+def _sentinel(modules: Iterable[str]) -> str:
     """The dense name under which a zero-size tensor is saved.
 
     A transformers without this plug-in warns about the unknown quantization method and goes on to load random weights;
@@ -211,7 +242,7 @@ def _sentinel(modules: dict[str, list[Any]]) -> str:
     return f"{min(modules)}.weight"
 
 
-def _ignore_sentinel(model: nn.Module, modules: dict[str, list[Any]]) -> None:
+def _ignore_sentinel(model: nn.Module, modules: Iterable[str]) -> None:
     pattern = rf"{_sentinel(modules)}$".replace(".", r"\.")
     known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     # A list in transformers 5.0 and a set later; on the instance, so that other models of the class are not touched.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from eigenprune.errors import ConfigError
+from eigenprune.layers.quantised import plain_values, quantised_bits
 from eigenprune.ops import has_autocast, low_rank_linear, merge_columns, pivot_linear, source_positions
 
 Layout = Literal["pair", "pivot"]
@@ -121,13 +122,16 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, [out, in] ([in, out] for a `Conv1D`), multiplied out at every access; for reading only."""
-        weight = self._positions_to_rows(self._mixed(self.right.weight))
+        """The dense weight, [out, in] ([in, out] for a `Conv1D`), multiplied out at every access; for reading only.
+
+        Quantised factors are turned into floating point first, so that it is the weight that the layer applies.
+        """
+        weight = self._positions_to_rows(self._mixed(plain_values(self.right.weight)))
         return weight.t() if self.conv1d else weight
 
     def _mixed(self, right: Tensor) -> Tensor:
         """All rows of the weight, pivot rows first in layout `pivot`: [out, in]."""
-        rows = self.left.weight @ right
+        rows = plain_values(self.left.weight) @ right
         return torch.cat([right, rows]) if self.layout == "pivot" else rows
 
     def _positions_to_rows(self, rows: Tensor) -> Tensor:
@@ -154,10 +158,11 @@ class LowRankLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """Shape, rank and layout, for `print(model)`."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, layout={self.layout}"
-        )
+        """Shape, rank, layout and bits, for `print(model)`."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        weight = getattr(self.right, "weight", None)  # not there while a quantised layer is loaded
+        bits = 0 if weight is None else quantised_bits(weight)
+        return f"{shape}, layout={self.layout}" + (f", bits={bits}" if bits else "")
 
 
 def plain_weight(child: nn.Module | None, x: Tensor) -> nn.Parameter | None:

@@ -12,6 +12,7 @@ from torch import nn
 from eigenprune.errors import ConfigError
 from eigenprune.layers.dense import dense_weight, is_dense
 from eigenprune.layers.low_rank_linear import LowRankLinear
+from eigenprune.layers.quantised import is_quantised
 
 # Last name parts of heads and routers: small, and every output depends on them.
 HEAD_NAMES = frozenset({"score", "classifier", "qa_outputs", "pooler", "router", "lm_head", "embed_out"})
@@ -106,8 +107,8 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """A number that two tensors share when they share memory; meta tensors, which have none, by object."""
-    if tensor.device.type == "meta":
+    """A number that two tensors share when they share memory; meta and quantised ones, which have none, by object."""
+    if tensor.device.type == "meta" or is_quantised(tensor):
         return id(tensor if tensor._base is None else tensor._base)
     return tensor.untyped_storage().data_ptr()
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from eigenprune.layers.dense import dense_like
 from eigenprune.layers.low_rank_linear import LowRankLinear
+from eigenprune.layers.quantised import dequantize_
 
 
 def replace_module_(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -21,8 +22,10 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 def to_dense_(model: nn.Module) -> nn.Module:
     """Multiply every factored layer of `model` out, in place: `nn.Linear` or `Conv1D` again, as it was before.
 
-    The model then computes the same function (up to rounding), at the size of the dense model. Returns `model`.
+    The model then computes the same function (up to rounding), at the size of the dense model. Quantised weights become
+    floating point. Returns `model`.
     """
+    dequantize_(model)
     for name, module in low_rank_layers(model).items():
         weight = module.weight.detach()
         dense = dense_like(weight.t() if module.conv1d else weight, module.bias, conv1d=module.conv1d)

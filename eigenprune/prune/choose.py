@@ -12,6 +12,7 @@ from eigenprune.layers import dense_weight
 from eigenprune.memory import release_unused
 from eigenprune.prune.measure import Measured
 from eigenprune.prune.run import Run
+from eigenprune.quantize import KeptLosses, options_with_bits
 from eigenprune.spectral import (
     ALLOCATIONS,
     MOST_BYTES,
@@ -60,6 +61,9 @@ def choose_ranks(run: Run, layers: Mapping[str, nn.Module], decomposed: Decompos
                 progress=run.progress,
             )
         options = scaled(options, scales)
+    if run.config.bits is not None and run.config.budget == "bytes":
+        with run.clock("quantisation losses"):
+            options = _with_bits(run, layers, options, decomposed)
     with run.clock("allocation"):
         evidence = gather_evidence(
             ALLOCATIONS[run.allocation].needs,
@@ -93,6 +97,20 @@ def _options(run: Run, layers: Mapping[str, nn.Module], decomposed: Decomposed) 
         )
         release_unused()
     return options
+
+
+def _with_bits(
+    run: Run, layers: Mapping[str, nn.Module], options: Mapping[str, Options], decomposed: Decomposed
+) -> dict[str, Options]:
+    """The options of every layer in the bits that `run` allows, with what rounding adds to the loss."""
+    kept = KeptLosses(decomposed.folder)
+    widened = {}
+    for name in run.bar(layers, "quantisation losses"):
+        widened[name] = options_with_bits(
+            name, layers[name], options[name], decomposed, run.config.layout, run.config.bits, kept
+        )
+        release_unused()
+    return widened
 
 
 def _cost(run: Run, shape: tuple[int, int], weight: Tensor, where: Path) -> Cost:

@@ -6,7 +6,7 @@ from torch import nn
 
 from eigenprune.calibrate import Statistics
 from eigenprune.errors import ConfigError, WeightError
-from eigenprune.layers import Selection, dense_weight, select_layers
+from eigenprune.layers import Selection, dense_weight, is_quantised, select_layers
 
 
 def layers_to_prune(model: nn.Module, skip: tuple[str, ...]) -> Selection:
@@ -45,6 +45,8 @@ def _check_weight(name: str, module: nn.Module) -> None:
             f"{name} has no data on this machine (meta device, or offloaded to disk): prune the model in memory, "
             "save it, and offload when loading the pruned one"
         )
+    if is_quantised(weight):
+        raise WeightError(f"{name} is quantised by torchao: prune the model before it is quantised")
     if not weight.is_floating_point():
         raise WeightError(f"{name} is stored as {weight.dtype}: prune the model before it is quantised")
     finite = torch.isfinite(weight)

@@ -18,6 +18,7 @@ from eigenprune.prune.factor import factor_
 from eigenprune.prune.for_task import prune_for_task_
 from eigenprune.prune.layers_to_prune import drop_unmeasured, layers_to_prune
 from eigenprune.prune.measure import measure
+from eigenprune.prune.quantise import check_bits_possible, quantise
 from eigenprune.prune.run import Run
 from eigenprune.prune.savable import layer_reports, make_savable, model_size, settings
 from eigenprune.recover import RecoveryAfterPruning
@@ -76,7 +77,8 @@ def prune_(
         progress: show bars on standard error.
 
     Raises:
-        ConfigError: the model is pruned already, or a setting does not fit it.
+        ConfigError: the model is pruned already, a setting does not fit it, or bits are asked for and torchao is
+            missing.
         CalibrationError: the texts are missing, too short, or do not fit the model.
         WeightError: a weight is on the meta device, or not finite; the layer is named.
         BudgetError: `keep` is below what the smallest ranks take.
@@ -98,6 +100,7 @@ def prune_(
         restore_on_error,
         progress,
     )
+    check_bits_possible(config.bits)
     if method.removal is not None:
         return prune_for_task_(run, method.removal, _compress_)
     if task is not None:
@@ -142,4 +145,7 @@ def _compress_(run: Run) -> PruneReport:
         if recovery is not None:
             with run.clock("recovery"):
                 report = replace(report, recovery=recovery.run(model).to_dict())
+        if config.bits is not None:
+            with run.clock("quantising"):
+                report = quantise(run, report, found)
     return report

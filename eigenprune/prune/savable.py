@@ -10,11 +10,11 @@ from torch import nn
 
 from eigenprune.calibrate import SOURCES
 from eigenprune.config import EigenpruneConfig
-from eigenprune.layers import Selection, factored_parameters, low_rank_layers
+from eigenprune.layers import Selection, factored_parameters, low_rank_layers, tensor_bytes
 from eigenprune.report import LayerReport, PruneReport, base_facts, versions
 from eigenprune.spectral import Choice
 
-SETTINGS = ("keep", "budget", "min_keep", "prior", "method", "layout", "rank_multiple", "seed")
+SETTINGS = ("keep", "budget", "min_keep", "prior", "method", "layout", "rank_multiple", "bits", "seed")
 
 
 def settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneReport
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:
-    """(parameters, bytes of parameters and saved buffers), shared ones once."""
+    """(parameters, bytes on disk of parameters and saved buffers), shared ones once."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    return parameters, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return parameters, sum(map(tensor_bytes, tensors.values()))

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from eigenprune.errors import ConfigError
-from eigenprune.layers import LowRankLinear, low_rank_layers
+from eigenprune.layers import LowRankLinear, is_quantised, low_rank_layers
 from eigenprune.recover.optimizer_state import check_state, mapped_states
 
 
@@ -99,6 +99,8 @@ def orthonormalise_(model: nn.Module, *, optimizer: Any = None) -> nn.Module:
 def _check_layer(layer: LowRankLinear, name: str) -> None:
     if layer.layout != "pair":
         raise ConfigError(f"{name} has the layout pivot, whose rows are rows of the weight: prune with layout='pair'")
+    if is_quantised(layer.right.weight):
+        raise ConfigError(f"{name} is quantised, and integers are not trained: train first, then quantise")
     if isinstance(layer.right.weight, DTensor):
         raise ConfigError(f"{name} is sharded (FSDP): train with whole weights in each process (DDP)")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eigenprune.calibrate.cache import cache_key, model_fingerprint, windows_hash
 from eigenprune.errors import ConfigError, WeightError
-from eigenprune.layers import low_rank_layers
+from eigenprune.layers import low_rank_layers, quantised_linears
 from eigenprune.recover.blockwise import recover_blocks_
 from eigenprune.recover.compute import computing
 from eigenprune.recover.measure import distance_from, divergence_from, split_windows, window_divergence
@@ -172,6 +172,8 @@ def find_recovery(name: str) -> Method:
 def _check(model: nn.Module, dense: nn.Module | Targets) -> None:
     if not low_rank_layers(model):
         raise ConfigError("the model is not pruned, so there is nothing to recover: prune it first")
+    if quantised_linears(model):
+        raise ConfigError("the factors are quantised, and integers are not trained: recover first, then quantise")
     for part in (model, *([] if isinstance(dense, Targets) else [dense])):
         for name, parameter in part.named_parameters():
             if parameter.device.type == "meta":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenprune.errors import ConfigError
-from eigenprune.layers import LowRankLinear, low_rank_layers
+from eigenprune.layers import LowRankLinear, is_quantised, low_rank_layers
 from eigenprune.recover.optimizer_state import check_state, mapped_states
 from eigenprune.spectral import pivot_factors
 
@@ -31,13 +31,15 @@ def retruncate_(model: nn.Module, ranks: Mapping[str, int], *, optimizer: Any = 
         `model`.
 
     Raises:
-        ConfigError: a name is not that of a factored layer, a rank is below 1, or the optimizer keeps a state of the
-            shape of a factor under a name that is unknown here; nothing is changed.
+        ConfigError: a name is not that of a factored layer, or of a quantised one, a rank is below 1, or the optimizer
+            keeps a state of the shape of a factor under a name that is unknown here; nothing is changed.
     """
     layers = low_rank_layers(model)
     for name, rank in ranks.items():
         if name not in layers or rank < 1:
             raise ConfigError(f"{name!r} at rank {rank}: name factored layers, and ranks from 1 on")
+        if is_quantised(layers[name].right.weight):
+            raise ConfigError(f"{name} is quantised: dequantize_ the model, truncate it, and quantise it again")
         check_state(optimizer, layers[name], name)
     for name, rank in ranks.items():
         if rank < layers[name].rank:

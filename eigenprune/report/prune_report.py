@@ -18,6 +18,7 @@ class LayerReport:
         parameters: of the weight, kept.
         loss: estimated rise of the model's loss (nats per token for method `kfac`); None where nothing was estimated.
         reason: why it is dense, empty where it is not.
+        bits: of its weight, 8 or 4; None for floating point.
     """
 
     name: str
@@ -27,6 +28,7 @@ class LayerReport:
     parameters: int
     loss: float | None = None
     reason: str = ""
+    bits: int | None = None
 
     @property
     def dense_parameters(self) -> int:

@@ -21,7 +21,8 @@ def layer_table(layers: Iterable[LayerReport]) -> Table:
         table.add_row(
             layer.name,
             f"{layer.shape[0]} x {layer.shape[1]}",
-            "dense" if layer.layout == "dense" else f"{layer.layout} {layer.rank}",
+            ("dense" if layer.layout == "dense" else f"{layer.layout} {layer.rank}")
+            + (f" int{layer.bits}" if layer.bits else ""),
             f"{layer.parameters / layer.dense_parameters:.3f}",
             f"{layer.parameters:,}",
             layer.reason or lost,

@@ -40,6 +40,15 @@ class Decomposed:
     ) -> None:
         self.method, self.statistics, self.seed, self._folder = method, statistics, seed, folder
 
+    @property
+    def folder(self) -> Path | None:
+        """Where components are kept, also for what is made of them; None keeps nothing."""
+        return self._folder
+
+    def metric(self, name: str, module: nn.Module) -> Metric:
+        """The metric in which the dense `module` is decomposed."""
+        return self._metric(name, dense_weight(module).detach())
+
     def spectrum(self, name: str, module: nn.Module) -> Spectrum:
         """The energies of the dense `module`, in the order in which its components are kept."""
         weight = dense_weight(module).detach()

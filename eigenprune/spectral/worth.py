@@ -24,12 +24,14 @@ class Options:
         costs: [k] int64, in the unit of the budget.
         losses: [k] float64, estimated rise of the loss (nats per token for a two-sided metric).
         whole: the same without the matrix altogether; 0 where unknown.
+        bits: [k] int64, 0 for floating point; None where all of them are that.
     """
 
     ranks: Tensor
     costs: Tensor
     losses: Tensor
     whole: float = 0.0
+    bits: Tensor | None = None
 
 
 def parameter_cost(shape: tuple[int, int], layout: str) -> Cost:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 def tensor_hash(tensor: Tensor) -> str:
     """dtype, shape and a hash of the bytes."""
+    if hasattr(tensor, "tensor_data_names"):  # one of torchao's; told without the package, which would plug itself in
+        tensor = tensor.dequantize()
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()[:24]}"
 

@@ -23,6 +23,7 @@ ROWS = (
     ("recover", "entries", "evaluate", "report"),
     ("config",),
     ("removal",),
+    ("quantize",),
     ("prune", "hub"),
     ("integrations", "cli", "__main__"),
 )

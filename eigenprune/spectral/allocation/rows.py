@@ -93,7 +93,7 @@ def solve_allocation(
     case = Case(options, table, max(budget, smallest), keep, evidence or Evidence())
     solution = ALLOCATIONS[allocation].solve(case)
     choices = {
-        name: Choice(int(o.ranks[i]), int(o.costs[i]), float(o.losses[i]))
+        name: Choice(int(o.ranks[i]), int(o.costs[i]), float(o.losses[i]), 0 if o.bits is None else int(o.bits[i]))
         for (name, o), i in zip(options.items(), solution.chosen.tolist(), strict=True)
     }
     return Allocation(choices, solution.bound)

@@ -12,11 +12,15 @@ from eigenprune.spectral.worth import Options
 
 @dataclass(frozen=True)
 class Choice:
-    """What one matrix gets: `rank` (0: dense), its cost in the unit of the budget, and the estimated loss."""
+    """What one matrix gets: `rank` (0: dense), its cost in the unit of the budget, the estimated loss, and its bits.
+
+    0 bits stand for floating point, and for what is not chosen here.
+    """
 
     rank: int
     cost: int
     loss: float
+    bits: int = 0
 
 
 @dataclass(frozen=True)
