@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks of lm-eval (EleutherAI's lm-evaluation-harness), run by its own code on a model that is in memory.
 
-Needs the extra `lm-eval`. Prompts, metrics and versions are lm-eval's; only where the data comes from may be changed, by
-task files with local `data_files`, so that nothing is fetched. A saved model needs none of this: lm-eval loads it itself,
-`lm_eval --model hf --model_args pretrained=FOLDER`.
+Needs the extra `lm-eval`. Prompts, metrics and versions are lm-eval's; only where the data comes from may be changed,
+by task files with local `data_files`, so that nothing is fetched. A saved model needs none of this: lm-eval loads it
+itself, `lm_eval --model hf --model_args pretrained=FOLDER`.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _bars(shown: bool) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO())
 
 
-class _TaskFileLoader(yaml.SafeLoader):
+class _TaskFileLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads `!function x.y` as text: lm-eval resolves it, and only the data files matter here."""
 
 
@@ -245,7 +245,7 @@ def _interval(score: float, error: float | None, answers: list[float] | None) ->
 
 
 def _items_hash(samples: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 over lm-eval's own hashes of document, prompt and target, in order: the same items, asked the same way."""
+    """SHA-256 over lm-eval's hashes of document, prompt and target, in order: the same items, asked the same way."""
     digest = hashlib.sha256()
     for sample in samples:
         for part in ("doc_hash", "prompt_hash", "target_hash"):
