@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from eigenprune.calibrate.objective import is_causal
 from eigenprune.errors import CalibrationError, ConfigError
 from eigenprune.evaluate import TaskScore, wilson_interval
 from eigenprune.evaluate.intervals import CONFIDENCE
@@ -84,11 +85,13 @@ def run_tasks(
         progress: show lm-eval's bars on standard error.
 
     Raises:
-        ConfigError: lm-eval is missing, or a number is out of range.
+        ConfigError: lm-eval is missing, a number is out of range, or the model is no language model.
     """
     if (limit is not None and limit < 1) or batch_size < 1:
         raise ConfigError(f"limit={limit!r} and batch_size={batch_size!r} must be at least 1")
     check_installed()
+    if not (is_causal(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
+        raise ConfigError(f"{type(model).__name__} writes no text: tasks of lm-eval are for language models")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
