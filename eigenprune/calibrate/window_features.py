@@ -55,10 +55,8 @@ def window_features(
         raise CalibrationError(f"unknown features {sorted(unknown)}; there are: {', '.join(FEATURES)}")
     if "damage" in names and pruned is None:
         raise CalibrationError("damage is told by a pruned model: give a first, cheap one as pruned")
-    if not is_causal(model):
-        raise CalibrationError(
-            f"{type(model).__name__} predicts no next token, which the features of windows are about"
-        )
+    if names and not is_causal(model):
+        raise CalibrationError(f"{type(model).__name__} predicts no next token, which all features are about")
     if "grand" in names and not layers:
         raise CalibrationError("grand needs the layers whose gradient is measured")
     found: dict[str, list[Tensor]] = {name: [] for name in dict.fromkeys(names)}
