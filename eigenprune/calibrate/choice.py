@@ -163,7 +163,9 @@ def shares(weights: Sequence[float], room: Sequence[int], count: int) -> list[in
 def directions(embedding: Tensor) -> Tensor:
     """Rows less their mean, at length 1, float64: a model's embeddings share a large common part that says nothing."""
     centred = embedding.double() - embedding.double().mean(0)
-    return centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    lengths = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    found: Tensor = centred / lengths.clamp_min(torch.finfo(torch.float64).tiny)
+    return found
 
 
 def k_means(points: Tensor, clusters: int) -> tuple[Tensor, Tensor]:

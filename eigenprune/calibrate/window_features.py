@@ -133,7 +133,7 @@ def gradient_length(model: nn.Module, ids: Tensor, layers: Mapping[str, nn.Modul
     with calibration_mode(model, True), lengths.watching():
         loss = next_token_loss(model, ids, torch.Generator())
         lengths.recomputing = True  # checkpointed blocks run again in backward
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     return lengths.squares.sqrt() / (ids.shape[1] - 1)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from eigenprune.errors import CheckpointError
 from eigenprune.hub.facts import CheckpointFacts
@@ -93,7 +93,7 @@ def _scores(tasks: Any, file: Path) -> list[MeasuredTask]:
     return found
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_entry(entry: Any) -> TypeGuard[dict[str, Any]]:
     """Whether every value is what it should be: these go into a card that others read."""
     if not isinstance(entry, dict):
         return False
