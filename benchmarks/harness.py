@@ -27,8 +27,8 @@ from quality import kept_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eigenprune.evaluate import paired_difference
+from eigenprune.evaluate.harness import load_tasks, run_tasks
 from eigenprune.hub import hash_weights
-from eigenprune.integrations.lm_eval import load_tasks, run_tasks
 
 TASKS = ("copa", "winogrande", "openbookqa", "arc_easy", "hellaswag")  # the cheapest first
 LIMIT = 200

@@ -80,7 +80,7 @@ def evaluate(
         result |= measured.to_dict() | {"window": window, "texts": [path.name for path in texts or ()]}
         tables.append(_perplexity_table(measured))
     if loaded_tasks is not None:
-        from eigenprune.integrations.lm_eval import run_tasks
+        from eigenprune.evaluate.harness import run_tasks
 
         scores = run_tasks(
             loaded, tokenizer, loaded_tasks, limit=limit, batch_size=batch_size, shots=shots, progress=not quiet
@@ -104,7 +104,7 @@ def _documents(texts: list[Path]) -> list[str]:
 
 
 def _load_tasks(names: list[str], task_files: Path | None, *, quiet: bool) -> dict[str, Any]:
-    from eigenprune.integrations.lm_eval import load_tasks
+    from eigenprune.evaluate.harness import load_tasks
 
     return load_tasks(names, task_files=task_files, progress=not quiet)
 

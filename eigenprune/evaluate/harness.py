@@ -23,8 +23,8 @@ from torch import nn
 
 from eigenprune.calibrate.objective import is_causal
 from eigenprune.errors import CalibrationError, ConfigError
-from eigenprune.evaluate import TaskScore, wilson_interval
-from eigenprune.evaluate.intervals import CONFIDENCE
+from eigenprune.evaluate.intervals import CONFIDENCE, wilson_interval
+from eigenprune.evaluate.task_scores import TaskScore
 
 GROUP = "eigenprune"  # the tasks of a run, as a group that only this module sees
 RESAMPLES = 1000  # for standard errors of metrics that have no formula

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from eigenprune import EigenpruneConfig, prune_, save_model
 from eigenprune.errors import CalibrationError, ConfigError
-from eigenprune.integrations import lm_eval as hook
+from eigenprune.evaluate import harness as hook
 from tests.helpers.tiny_models import saved_dense, tiny_model, tiny_tokenizer, token_windows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
