@@ -37,8 +37,8 @@ def load_tasks(names: Sequence[str], *, task_files: Path | None = None, progress
         names: of tasks, or of groups of `task_files`.
         task_files: a folder of lm-eval's task files (`*.yaml`). An entry for a task, alone or in a group, goes over
             lm-eval's own definition of that name. Paths in its `data_files` that are not absolute are looked for in the
-            working folder, then beside the file, then in the folders above that. lm-eval imports the functions that task
-            files name: they are code.
+            working folder, then beside the file, then in the folders above that. Task files are code: lm-eval imports
+            the functions that they name.
         progress: show on standard error how data is read.
 
     Raises:
