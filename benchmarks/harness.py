@@ -35,6 +35,7 @@ LIMIT = 200
 BATCH = 8
 RESULTS = ROOT / "benchmarks" / "results" / "harness.jsonl"
 KEY = ("weights", "task", "limit", "dtype")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 POINT = 100
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", type=named, default=[], help="NAME=FOLDER; repeat for more")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--limit", type=int, default=LIMIT)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
     parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the dense model is kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
@@ -119,7 +120,7 @@ def main() -> None:
         missing = [task for task in options.tasks if (weights, task, options.limit, options.dtype) not in done]
         if not missing:
             continue
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype])
         for task in missing:
             row = {"model": name, "weights": weights, "dtype": options.dtype}
             row |= measure(model, tokenizer, task, tasks, options.limit) | environment()
