@@ -13,12 +13,12 @@ INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/d
 # Without isolation the extension is compiled against the torch that is in .venv, and nothing else is fetched for it.
 INSTALL := $(PIP) --no-build-isolation -e
 
-.PHONY: help demo test test-fast test-slow mutants sanitize lint types format clean
+.PHONY: help demo test test-fast test-slow test-lm-eval mutants sanitize lint types format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 demo: $(VENV)/.demo ## prune a real model, save, reload, compare (first call: downloads about 0.5 GB)
 	$(BIN)/python benchmarks/demo.py $(DEMO_ARGS)
@@ -31,6 +31,9 @@ test-fast: $(VENV)/.test ## tests that take less than about ten seconds each; st
 
 test-slow: $(VENV)/.test ## the tests with random examples, with twenty times as many of them
 	EIGENPRUNE_ROUNDS=20 $(BIN)/python -m pytest -q --timeout=1800 tests/reliability $(PYTEST_ARGS)
+
+test-lm-eval: $(VENV)/.lm-eval ## the tests of lm-eval's tasks, which need 0.5 GB more of other people's code
+	$(BIN)/python -m pytest -q tests/evaluate/test_harness.py $(PYTEST_ARGS)
 
 mutants: $(VENV)/.test ## put faults into a copy of the package, and see the tests find them
 	$(BIN)/python -m tests.mutation.run $(MUTANTS)
@@ -76,3 +79,7 @@ $(VENV)/.demo: $(VENV)/.torch $(INPUTS)
 $(VENV)/.test: $(VENV)/.torch $(INPUTS)
 	$(INSTALL) '.[test,dev,demo,peft,plots,quantize]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.lm-eval: $(VENV)/.test
+	$(INSTALL) '.[lm-eval]'
+	touch $@

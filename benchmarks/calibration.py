@@ -4,12 +4,14 @@
 Protocol of `quality.py` (default method; evaluation on 24 windows of 1024 tokens of the raw WikiText-2 test text,
 float32), with calibration on the first n windows of each source: text that the model writes itself (one sample of 64
 windows, and one of 40, the default), WikiText-2 train, `wiki_passages`, and the text that ships with Python. Keep 0.8
-for the curve, and 0.9 and 0.6 besides for the default, 40 sampled windows.
+for the curve, and 0.9 and 0.6 besides for the default, 40 sampled windows. Statistics are means over windows, so those
+of n windows are made of those of fewer ones and of the windows that are added.
 
 Rows go to a JSONL file as they are measured; rows that are there already are not measured again.
 
     python benchmarks/calibration.py                             # all rows, about two hours on 2 cores
     python benchmarks/calibration.py --sources sampled --windows 40 --keep 0.9 0.8 0.6
+    python benchmarks/calibration.py --sources wikitext2 --windows 1 2 4 8 16 32 64
     python benchmarks/calibration.py --table                     # print the rows kept so far as a Markdown table
 """
 
@@ -28,10 +30,22 @@ from get_smollm2 import get_smollm2
 from quality import WINDOW, Bench, Row, kept_rows
 from torch import Tensor
 
-from eigenprune.calibrate import BUILTIN, SAMPLED, Sampling, cut_windows, default_cache_dir, sample_windows
+from eigenprune.calibrate import (
+    BUILTIN,
+    SAMPLED,
+    Sampling,
+    Statistics,
+    collect_statistics,
+    cut_windows,
+    default_cache_dir,
+    read_texts,
+    sample_windows,
+    windows_hash,
+)
 
 SOURCES = (SAMPLED, "wikitext2", "wiki_passages", BUILTIN)
-WINDOWS = (8, 16, 32, 64)
+WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128)
+SAMPLED_WINDOWS = (40, 64)  # the first ones of these samples are taken
 DEFAULT_WINDOWS = 40
 RESULTS = ROOT / "benchmarks" / "results" / "calibration.jsonl"
 KEY = ("source", "calibration_windows", "keep")
@@ -41,6 +55,41 @@ class CurveBench(Bench):
     """`quality.Bench` whose calibrations are named `source@windows`."""
 
     seconds: float = 0.0  # of the last sampling; about none where the cache had it
+    statistics_seconds: float = 0.0  # of processor time, for the windows that the row before did not have
+    grown: tuple[str, int, Statistics] | None = None  # (source, windows, statistics) of the row before
+
+    def texts(self, calibration: str) -> list[str]:
+        """The documents of that name; of WikiText-2 all rows, since the curve goes beyond the 64 of quality.py."""
+        if calibration == "wikitext2":
+            return read_texts([self.shared / "data/wikitext2/train_samples.jsonl.gz"])
+        return super().texts(calibration)
+
+    def statistics(self, calibration: str) -> Statistics:
+        """Those of `source@n`: what the row before has, and the windows that are new."""
+        source = calibration.partition("@")[0]
+        windows = self.calibration_windows(calibration)
+        known = self.grown
+        if known is None or known[0] != source or known[1] > len(windows) or not self.begins(known, windows):
+            known = None
+        start = 0 if known is None else known[1]
+        if start < len(windows):
+            new = collect_statistics(self.model, windows[start:], self.layers, progress=False)
+            self.grown = source, len(windows), new if known is None else joined(known[2], new)
+        assert self.grown is not None
+        named = replace(self.grown[2], facts=replace(self.grown[2].facts, texts_hash=windows_hash(windows)))
+        self.grown = source, len(windows), named
+        return named
+
+    def measured_on(self, calibration: str) -> dict[str, Any]:
+        """Statistics, with the seconds that the new windows took."""
+        began = time.process_time()
+        found = {"statistics": self.statistics(calibration)}
+        self.statistics_seconds = time.process_time() - began
+        return found
+
+    def begins(self, known: tuple[str, int, Statistics], windows: Tensor) -> bool:
+        """Whether the first of `windows` are those of the row before: texts that are short are cut anew for each n."""
+        return known[2].facts.texts_hash == windows_hash(windows[: known[1]])
 
     def calibration_windows(self, calibration: str) -> Tensor:
         """[n, 1024] token ids of `source@n`."""
@@ -48,17 +97,34 @@ class CurveBench(Bench):
         if source != SAMPLED:
             return cut_windows(self.tokenizer, self.texts(source), count=int(count), window=WINDOW)
         began = time.perf_counter()
-        most = DEFAULT_WINDOWS if int(count) <= DEFAULT_WINDOWS else max(WINDOWS)
+        most = next(most for most in SAMPLED_WINDOWS if int(count) <= most)
         sampling = Sampling(windows=most, window=WINDOW)
         windows = sample_windows(self.model, self.tokenizer, sampling, cache_dir=default_cache_dir())
         self.seconds = time.perf_counter() - began
         return windows[: int(count)]
 
 
+def joined(first: Statistics, second: Statistics) -> Statistics:
+    """The statistics of all windows of both: means, weighed by their windows, which are of one length."""
+    a, b = first.facts.windows, second.facts.windows
+    tensors = {}
+    for name, tensor in second.tensors.items():
+        tensors[name] = first.tensors[name] * (a / (a + b)) + tensor * (b / (a + b))
+    facts = replace(
+        first.facts,
+        windows=a + b,
+        tokens=first.facts.tokens + second.facts.tokens,
+        output_tokens=first.facts.output_tokens + second.facts.output_tokens,
+        texts_hash="",
+    )
+    return Statistics(tensors, first.input_group, facts)
+
+
 def wanted_rows() -> list[tuple[str, int, float]]:
     """(source, windows, keep), the default first."""
     rows = [(SAMPLED, DEFAULT_WINDOWS, keep) for keep in (0.8, 0.9, 0.6)]
-    return rows + [(source, count, 0.8) for source in SOURCES for count in WINDOWS]
+    rows += [(source, count, 0.8) for source in SOURCES for count in WINDOWS]
+    return [row for row in rows if row[0] != SAMPLED or row[1] <= max(SAMPLED_WINDOWS)]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -106,7 +172,11 @@ def main() -> None:
                 continue
             row = Row(f"{source}@{count}", "kfac", "pivot", "global", keep)
             found = bench.measure(row) | {"calibration": source, "source": source, "calibration_windows": count}
-            keep_row(found | {"sampling_seconds": bench.seconds if source == SAMPLED else None})
+            seconds = {
+                "sampling_seconds": bench.seconds if source == SAMPLED else None,
+                "statistics_cpu_seconds": bench.statistics_seconds,
+            }
+            keep_row(found | seconds)
             print(f"{replace(row, calibration=source)} {count}: {rows[-1]['perplexity']:.3f}", file=sys.stderr)
         if not any(row["method"] == "dense" for row in rows):
             keep_row(bench.dense())

@@ -117,7 +117,7 @@ class Bench:
             pruned,
             config,
             tokenizer=self.tokenizer,
-            windows=self.calibration_windows(row.calibration),
+            **self.measured_on(row.calibration),
             cache_dir=default_cache_dir(),
             progress=False,
         )
@@ -128,6 +128,10 @@ class Bench:
             "seconds_of": report.seconds,
         }
         return {**vars(row), **self.counts, **facts, **perplexity(pruned, self.windows).to_dict()}
+
+    def measured_on(self, calibration: str) -> dict[str, Any]:
+        """What `prune_` is given of that calibration."""
+        return {"windows": self.calibration_windows(calibration)}
 
     def _forget_components(self) -> None:
         """Those of a method take twice the bytes of its layers."""

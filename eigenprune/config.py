@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eigenprune.calibrate import SOURCES
+from eigenprune.calibrate import CHOICES, SOURCES
 from eigenprune.entries.delta_header import check_delta_header
 from eigenprune.errors import ConfigError
 from eigenprune.layers import BITS, LAYOUTS
@@ -50,6 +50,8 @@ class EigenpruneConfig(QuantizationConfigMixin):
             ships with Python and costs quality, or `random-tokens`, which is no text at all. None takes `sampled` for
             causal language models with a key-value cache, and `python-docs` for all others.
         windows: how many windows of calibration text.
+        choose_windows: which of four times as many: `first` (default: no more are read), `random`, `el2n`, `grand`,
+            `prototypes` or `coverage`, see `eigenprune.calibrate.choice`; for causal language models.
         window: tokens in a window.
         seed: of sampled text, and of methods that draw labels.
         task: the name of the task to be better at, for methods such as `eigenprune`; see `eigenprune task --list`.
@@ -83,6 +85,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
     prior: float = 0.0
     calibration: str | None = None
     windows: int = 40
+    choose_windows: str = "first"
     window: int = 1024
     seed: int = 0
     task: str | None = None
@@ -122,6 +125,12 @@ class EigenpruneConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} must be an integer from 0 on")
+        _one_of("choose_windows", self.choose_windows, tuple(CHOICES))
+        if "damage" in CHOICES[self.choose_windows].needs:
+            raise ConfigError(
+                f"choose_windows={self.choose_windows!r} looks at a pruned model, and there is none yet: choose with "
+                "eigenprune.calibrate.choose_indices(...), and pass windows=... to prune_"
+            )
         self.skip = _strings("skip", self.skip)
         if self.texts is not None:
             self.texts = _strings("texts", [self.texts] if isinstance(self.texts, str | PathLike) else self.texts)

@@ -3,6 +3,7 @@
 
 from eigenprune.calibrate.blocks import BlockChain, find_chain
 from eigenprune.calibrate.cache import cache_key, default_cache_dir, save_tensors, windows_hash
+from eigenprune.calibrate.choice import CHOICES, FEATURES, choose_indices, find_choice
 from eigenprune.calibrate.collect import calibration_mode, collect_statistics
 from eigenprune.calibrate.entry_statistics import EntryStatistics, collect_entry_statistics
 from eigenprune.calibrate.objective import model_inputs
@@ -29,10 +30,13 @@ from eigenprune.calibrate.sequential import ShiftedMoments, sequential_moments
 from eigenprune.calibrate.source import SOURCES, Calibration, calibration_windows
 from eigenprune.calibrate.statistics import Statistics
 from eigenprune.calibrate.texts import BUILTIN, builtin_texts, read_texts, row_texts
+from eigenprune.calibrate.window_features import window_features
 from eigenprune.calibrate.windows import SEPARATOR, cut_windows, token_ids
 
 __all__ = [
     "BUILTIN",
+    "CHOICES",
+    "FEATURES",
     "PRIOR",
     "SAMPLED",
     "SEPARATOR",
@@ -56,12 +60,14 @@ __all__ = [
     "calibration_mode",
     "calibration_windows",
     "can_sample",
+    "choose_indices",
     "collate",
     "collect_entry_statistics",
     "collect_statistics",
     "cut_windows",
     "default_cache_dir",
     "find_chain",
+    "find_choice",
     "logit_losses",
     "model_inputs",
     "partner_rows",
@@ -75,5 +81,6 @@ __all__ = [
     "save_tensors",
     "sequential_moments",
     "token_ids",
+    "window_features",
     "windows_hash",
 ]

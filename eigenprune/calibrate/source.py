@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the calibration windows of a model come from, and what a report says about it."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from eigenprune.calibrate.choice import choose_indices, find_choice
 from eigenprune.calibrate.prior import PRIOR, prior_windows
 from eigenprune.calibrate.sampled import DOCUMENT, SAMPLED, Sampling, can_sample, sample_windows
 from eigenprune.calibrate.texts import BUILTIN, builtin_texts, read_texts, row_texts
+from eigenprune.calibrate.window_features import window_features
 from eigenprune.calibrate.windows import cut_windows
 from eigenprune.errors import CalibrationError
 
 SOURCES = (SAMPLED, BUILTIN, PRIOR)
+POOL = 4  # windows looked at for each one that is chosen
 LONGEST_TOKEN = 32  # characters a token, more than any known vocabulary averages on prose
 
 
@@ -44,10 +48,12 @@ def calibration_windows(
     count: int = 40,
     window: int = 1024,
     seed: int = 0,
+    choose: str = "first",
+    layers: Mapping[str, nn.Module] | None = None,
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """Windows from `texts`, else from `files`, else from `source`.
+    """Windows from `texts`, else from `files`, else from `source`; of a larger pool of them, those that a rule chooses.
 
     Args:
         model: that will be calibrated; windows are no longer than its positions.
@@ -57,13 +63,35 @@ def calibration_windows(
         tokenizer: of the model; None loads the one that belongs to `model.config.name_or_path`.
         count: how many windows.
         window: tokens in a window.
-        seed: of sampled text.
+        seed: of sampled text, and of random choice.
+        choose: which `count` of a pool of `POOL` times as many: a row of `CHOICES`; `first` reads no more than `count`.
+        layers: whose gradients the rule `grand` looks at.
         cache_dir: where sampled text is kept.
         progress: show a bar on standard error while text is sampled.
 
     Raises:
         CalibrationError: no tokenizer, no or too little text, or a model that cannot write any.
+        ConfigError: no such rule.
     """
+    if choose != "first":
+        rule = find_choice(choose)
+        pool = calibration_windows(
+            model,
+            texts=texts,
+            files=files,
+            source=source,
+            tokenizer=tokenizer,
+            count=POOL * count,
+            window=window,
+            seed=seed,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+        if len(pool.windows) <= count:  # of short texts all are needed
+            return pool
+        features = window_features(model, pool.windows, rule.needs, layers=layers, progress=progress)
+        chosen = choose_indices(choose, features, count, seed=seed)
+        return replace(pool, windows=pool.windows[torch.tensor(chosen)])
     if tokenizer is None:
         tokenizer = own_tokenizer(model)
     window = min(window, getattr(getattr(model, "config", None), "max_position_embeddings", None) or window)

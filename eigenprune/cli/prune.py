@@ -41,6 +41,9 @@ def prune(
     ] = None,
     prior: Annotated[float, typer.Option(help="Part of the input statistics that random tokens make up.")] = 0.0,
     windows: Annotated[int, typer.Option(help="Windows of calibration text.")] = 40,
+    choose_windows: Annotated[
+        str, typer.Option(help="Which of four times as many: first, random, el2n, grand, prototypes, coverage.")
+    ] = "first",
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
     skip: Annotated[
@@ -108,6 +111,7 @@ def prune(
         texts=None if texts is None else [str(path) for path in texts],
         calibration=calibration,
         windows=windows,
+        choose_windows=choose_windows,
         window=window,
         seed=seed,
         bits=int(bits) if bits is not None and bits.isdecimal() else bits,

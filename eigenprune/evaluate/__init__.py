@@ -6,16 +6,19 @@ from eigenprune.evaluate.intervals import Comparison, compare_answers, mcnemar, 
 from eigenprune.evaluate.layer_times import LayerTimes, layer_times
 from eigenprune.evaluate.perplexity import Perplexity, contiguous_windows, perplexity, spaced_windows
 from eigenprune.evaluate.speed import Speed, compare_decode, compare_prefill, decode_speed, prefill_speed, speed_ratio
+from eigenprune.evaluate.task_scores import Difference, TaskScore, paired_difference
 from eigenprune.evaluate.tasks import TASKS, Task, find_task
 from eigenprune.evaluate.token_example import TokenExample
 
 __all__ = [
     "TASKS",
     "Comparison",
+    "Difference",
     "LayerTimes",
     "Perplexity",
     "Speed",
     "Task",
+    "TaskScore",
     "TokenExample",
     "accuracy",
     "answer_losses",
@@ -27,6 +30,7 @@ __all__ = [
     "find_task",
     "layer_times",
     "mcnemar",
+    "paired_difference",
     "perplexity",
     "prefill_speed",
     "right_answers",

@@ -15,6 +15,7 @@ from eigenprune.hub.delta_folder import is_delta_folder
 from eigenprune.hub.escape import code, plain
 from eigenprune.hub.facts import CheckpointFacts, read_facts
 from eigenprune.hub.measured import Measured, read_measured
+from eigenprune.hub.measured_tasks import MeasuredTask, read_measured_tasks
 from eigenprune.hub.names import HUB_ID, MODELING_NAME, check_repo, check_revision
 from eigenprune.hub.picture import rank_picture
 from eigenprune.hub.rebuild import (
@@ -77,7 +78,8 @@ def build_card(
             )
         return build_delta_card(folder, repo, base_model=base_model, revision=revision)
     facts = read_facts(folder)
-    measured = read_measured(results, facts)
+    results = tuple(results)
+    measured, tasks = read_measured(results, facts), read_measured_tasks(results, facts)
     pruned_from = str(facts.config.provenance.get("base_model") or "")
     base = base_model or pruned_from
     name = repo.partition("/")[2]
@@ -95,8 +97,9 @@ def build_card(
         quantised=bool(facts.config.quantized),
         remote_code=(folder / MODELING_NAME).is_file(),
         revision_argument=f', revision="{revision}"' if revision else "",
-        table=_table(facts, measured),
+        table=_table(facts, measured) + [_task_row(entry) for entry in tasks],
         measured=[_protocol(entry) for entry in measured],
+        tasks=[_task_protocol(entry) for entry in tasks],
         picture=rank_picture(facts.layers),
         making=_making(facts, pruned_from if pruned_from != base else ""),
         command=rebuild_command(facts, pruned_from),
@@ -203,6 +206,20 @@ def _protocol(entry: Measured) -> str:
     return (
         f"{code(', '.join(entry.texts))}: {entry.tokens:,} tokens predicted in windows of {entry.window}, "
         f"token hash {code(entry.token_hash[:16])}"
+    )
+
+
+def _task_row(entry: MeasuredTask) -> list[str]:
+    dense_text = "not measured" if entry.dense is None else f"{entry.dense:.3f}"
+    change = "" if entry.dense is None else f"{100 * (entry.pruned - entry.dense):+.1f} points"
+    return [f"{code(entry.task)}, {code(entry.metric)}", dense_text, f"{entry.pruned:.3f}", change]
+
+
+def _task_protocol(entry: MeasuredTask) -> str:
+    between = "" if entry.interval is None else f", 95 % from {entry.interval[0]:.3f} to {entry.interval[1]:.3f}"
+    return (
+        f"{code(entry.task)}, {code(entry.metric)}: {entry.items:,} items, {entry.shots}-shot, "
+        f"version {code(entry.version)} of lm-eval{between}, hash of the items {code(entry.items_hash[:16])}"
     )
 
 

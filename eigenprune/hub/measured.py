@@ -48,16 +48,13 @@ def read_measured(files: Iterable[Path], facts: CheckpointFacts) -> list[Measure
     pruned: dict[str, dict[str, Any]] = {}
     dense: dict[str, tuple[str, float]] = {}
     for file in files:
-        result = _result(file)
-        if result["weights"] == facts.weights_hash:
+        result = read_result(file)
+        if "perplexity" not in result:
+            continue
+        if belongs_to(result, facts, file) == "pruned":
             pruned[result["token_hash"]] = result
-        elif result["factored_layers"] == 0 and result["parameters"] == facts.parameters[0]:
-            dense[result["token_hash"]] = (file.name, result["perplexity"])
         else:
-            raise CheckpointError(
-                f"{file.name} was measured on another model than this checkpoint and its base: "
-                "run eigenprune eval on this folder again"
-            )
+            dense[result["token_hash"]] = (file.name, result["perplexity"])
     for token_hash, (name, _) in dense.items():
         if token_hash not in pruned:
             raise CheckpointError(f"{name} is of the dense model, and no result is of this one on the same tokens")
@@ -73,6 +70,22 @@ def read_measured(files: Iterable[Path], facts: CheckpointFacts) -> list[Measure
         )
         for token_hash, result in sorted(pruned.items())
     ]
+
+
+def belongs_to(result: dict[str, Any], facts: CheckpointFacts, file: Path) -> str:
+    """Whether a result is of the checkpoint (`pruned`) or of its base (`dense`).
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    if result["weights"] == facts.weights_hash:
+        return "pruned"
+    if result["factored_layers"] == 0 and result["parameters"] == facts.parameters[0]:
+        return "dense"
+    raise CheckpointError(
+        f"{file.name} was measured on another model than this checkpoint and its base: "
+        "run eigenprune eval on this folder again"
+    )
 
 
 def check_dataset(dataset: object, task: object) -> None:
@@ -94,22 +107,21 @@ def _dataset(result: dict[str, Any]) -> tuple[str, str] | None:
     return result["dataset"], result["task_id"]
 
 
-def _result(file: Path) -> dict[str, Any]:
+def read_result(file: Path) -> dict[str, Any]:
+    """A result file with perplexity, tasks or both; the fields of perplexity and of the model are checked.
+
+    Raises:
+        CheckpointError: it is none.
+    """
     result = read_json(file)
-    kinds = {
-        "perplexity": (float, int),
-        "window": int,
-        "tokens": int,
-        "token_hash": str,
-        "parameters": int,
-        "factored_layers": int,
-        "texts": list,
-        "weights": (str, type(None)),
-    }
-    bad = [key for key, kind in kinds.items() if not isinstance(result.get(key), kind)]  # type: ignore[arg-type]
-    if not bad and not (math.isfinite(result["perplexity"]) and result["perplexity"] >= 1):
+    kinds: dict[str, Any] = {"parameters": int, "factored_layers": int, "weights": (str, type(None))}
+    of_text = "perplexity" in result or "tasks" not in result
+    if of_text:
+        kinds |= {"perplexity": (float, int), "window": int, "tokens": int, "token_hash": str, "texts": list}
+    bad = [key for key, kind in kinds.items() if not isinstance(result.get(key), kind)]
+    if of_text and not bad and not (math.isfinite(result["perplexity"]) and result["perplexity"] >= 1):
         bad = ["perplexity"]
-    if bad or not all(isinstance(text, str) for text in result["texts"]):
+    if bad or not all(isinstance(text, str) for text in result.get("texts", [])):
         raise CheckpointError(
             f"{file.name} is no result of this version's eigenprune eval --json ({', '.join(bad) or 'texts'})"
         )

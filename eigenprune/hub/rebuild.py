@@ -31,7 +31,7 @@ def rebuild_command(facts: CheckpointFacts, base: str) -> str:
     lines.append(
         f"--method {config.method} --layout {config.layout}{allocation} --rank-multiple {config.rank_multiple}"
     )
-    others = {"budget": "parameters", "min_keep": 0.0, "prior": 0.0, "bits": None}
+    others = {"budget": "parameters", "min_keep": 0.0, "prior": 0.0, "choose_windows": "first", "bits": None}
     changed = {name: vars(config)[name] for name, usual in others.items() if vars(config)[name] != usual}
     if changed:
         lines.append(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items()))

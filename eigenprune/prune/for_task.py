@@ -25,7 +25,7 @@ def prune_for_task_(run: Run, worth: str, compress: Callable[[Run], PruneReport]
         task = run.task or named_task(model, config.task, run.tokenizer)
         retention = task.retention
         if run.windows is None and (retention is None or config.keep < 1):
-            run = replace(run, windows=calibration(run).windows)
+            run = replace(run, windows=calibration(run, selection.chosen).windows)
         if retention is None and run.windows is not None:
             retention = run.windows[:RETENTION_WINDOWS, :RETENTION_WINDOW]
     without = [name for name, module in selection.chosen.items() if module.bias is None]

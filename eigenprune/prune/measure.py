@@ -30,8 +30,8 @@ class Measured:
     own: bool
 
 
-def calibration(run: Run) -> Calibration:
-    """Calibration windows: of the caller, or by the config."""
+def calibration(run: Run, layers: Mapping[str, nn.Module] | None = None) -> Calibration:
+    """Calibration windows: of the caller, or by the config, whose choice may look at `layers`."""
     if run.windows is not None:
         return Calibration(run.windows, "token windows given by the caller")
     return calibration_windows(
@@ -43,6 +43,8 @@ def calibration(run: Run) -> Calibration:
         count=run.config.windows,
         window=run.config.window,
         seed=run.config.seed,
+        choose=run.config.choose_windows,
+        layers=layers,
         cache_dir=run.cache_dir,
         progress=run.progress,
     )
@@ -67,7 +69,7 @@ def measure(run: Run, layers: Mapping[str, nn.Module], recovery: RecoveryAfterPr
     if not (wanted or again or recovery is not None):
         return Measured(run.statistics, run.statistics, run.windows, own)
     with run.clock("texts"):
-        found = calibration(run)
+        found = calibration(run, layers)
     if recovery is not None:
         with run.clock("dense model"):
             recovery.remember(run.model, found.windows)

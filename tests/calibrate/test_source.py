@@ -12,8 +12,19 @@ import torch
 from torch import nn
 
 from eigenprune import EigenpruneConfig, prune_
-from eigenprune.calibrate import BUILTIN, SAMPLED, Sampling, calibration_windows, row_texts, sample_windows
+from eigenprune.calibrate import (
+    BUILTIN,
+    CHOICES,
+    SAMPLED,
+    Sampling,
+    calibration_windows,
+    choose_indices,
+    row_texts,
+    sample_windows,
+    window_features,
+)
 from eigenprune.errors import CalibrationError, ConfigError
+from eigenprune.layers import select_layers
 from tests.helpers.tiny_models import POSITIONS, tiny_model, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -53,6 +64,24 @@ def test_a_named_source_is_taken_and_one_that_cannot_be_is_refused() -> None:
     assert windows(tiny_model("llama"), source=BUILTIN).source == BUILTIN
     with pytest.raises(CalibrationError, match="python-docs"):
         windows(tiny_model("bert"), source=SAMPLED)
+
+
+@pytest.mark.parametrize("rule", ["random", "el2n", "grand", "prototypes", "coverage"])
+def test_a_rule_chooses_from_four_times_as_many_windows(rule: str) -> None:
+    model = tiny_model("llama")
+    texts = ["".join(chr(40 + (7 * i + j * (i + 1)) % 60) for j in range(16)) for i in range(30)]
+    layers = select_layers(model).chosen
+    pool = windows(model, texts=texts, count=12).windows
+    chosen = windows(model, texts=texts, choose=rule, layers=layers, seed=4).windows
+    features = window_features(model, pool, CHOICES[rule].needs, layers=layers, progress=False)
+    assert torch.equal(chosen, pool[torch.tensor(choose_indices(rule, features, 3, seed=4))])
+    assert len(windows(model, texts=texts[:2], choose=rule, layers=layers).windows) == 2  # no more than there is
+
+
+def test_any_model_can_be_calibrated_on_random_windows_and_none_without_a_head_on_hard_ones() -> None:
+    assert windows(tiny_model("bert"), choose="random").windows.shape == (3, 16)
+    with pytest.raises(CalibrationError, match="predicts no next token"):
+        windows(tiny_model("bert"), choose="el2n")
 
 
 def test_texts_go_before_files_and_files_before_the_source(tmp_path: Path) -> None:

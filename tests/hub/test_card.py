@@ -254,6 +254,71 @@ def test_eval_notes_the_data_set_and_refuses_half_a_name(made: tuple[Path, Prune
         assert "is no" in done.output
 
 
+def task_result(made: tuple[Path, PruneReport], results: dict[str, Path], name: str, **change: Any) -> dict[str, Any]:
+    """What `eigenprune eval --tasks tiny --json` says, without text."""
+    result = json.loads(results[name].read_text())
+    entry: dict[str, Any] = {"task": "tiny", "version": "1.0", "shots": 0, "items": 40, "items_hash": "ab" * 32}
+    entry |= {"scores": {"acc": 0.5 if name == "pruned" else 0.55}, "intervals": {"acc": [0.35, 0.65]}}
+    about = {key: result[key] for key in ("parameters", "factored_layers", "weights")}
+    return about | {"tasks": [entry | change]}
+
+
+def test_scores_in_tasks_come_into_the_table_beside_those_of_the_dense_model(
+    made: tuple[Path, PruneReport], results: dict[str, Path], tmp_path: Path
+) -> None:
+    files = [tmp_path / "dense.json", tmp_path / "pruned.json"]
+    for file in files:
+        file.write_text(json.dumps(task_result(made, results, file.stem)))
+    card = build_card(made[0], REPO, results=files)
+    assert "| `tiny`, `acc` | 0.550 | 0.500 | -5.0 points |" in card
+    assert "40 items, 0-shot, version `1.0` of lm-eval, 95 % from 0.350 to 0.650, hash of the items `abababab" in card
+    assert "was not measured for this card" not in card
+    assert "Perplexity predicts" not in card
+    both = build_card(made[0], REPO, results=[*files, *results.values()])
+    assert "| perplexity, `cal.txt` |" in both
+    assert "-5.0 points |" in both
+    assert "| `tiny`, `acc` | not measured | 0.500 |  |" in build_card(made[0], REPO, results=files[1:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": "a|b"},
+        {"task": "x](http://y)"},
+        {"scores": {"acc": "0.5"}},
+        {"scores": {"<b>": 0.5}},
+        {"scores": {"acc": float("nan")}},
+        {"scores": None},
+        {"items": -1},
+        {"items": True},
+        {"items_hash": "x"},
+        {"intervals": {"acc": [0]}},
+        {"intervals": None},
+        {"version": 1},
+    ],
+)
+def test_task_result_that_is_not_one_is_refused(
+    change: dict[str, Any], made: tuple[Path, PruneReport], results: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "odd.json"
+    file.write_text(json.dumps(task_result(made, results, "pruned", **change)))
+    with pytest.raises(CheckpointError, match=r"no result of this version's.*tasks"):
+        build_card(made[0], REPO, results=[file])
+
+
+def test_task_result_of_another_model_or_other_items_is_refused(
+    made: tuple[Path, PruneReport], results: dict[str, Path], tmp_path: Path
+) -> None:
+    other, dense, pruned = (tmp_path / f"{name}.json" for name in ("other", "dense", "pruned"))
+    other.write_text(json.dumps(task_result(made, results, "pruned") | {"weights": "0" * 64}))
+    with pytest.raises(CheckpointError, match="another model"):
+        build_card(made[0], REPO, results=[other])
+    dense.write_text(json.dumps(task_result(made, results, "dense", items_hash="cd" * 32)))
+    pruned.write_text(json.dumps(task_result(made, results, "pruned")))
+    with pytest.raises(CheckpointError, match="same items"):
+        build_card(made[0], REPO, results=[dense, pruned])
+
+
 @pytest.mark.parametrize(
     ("which", "change", "says"),
     [

@@ -55,16 +55,17 @@ def test_the_command_names_the_source_and_the_check_rebuilds_it(
     assert result["same"], result
 
 
-def test_budget_least_keep_and_prior_are_part_of_the_command_and_of_the_rebuild(
+def test_budget_least_keep_prior_and_choice_are_part_of_the_command_and_of_the_rebuild(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     settings: dict[str, Any] = {"budget": "bytes", "min_keep": 0.25, "prior": 0.5, "allocation": "zero-sum"}
+    settings["choose_windows"] = "coverage"
     config = EigenpruneConfig(calibration="random-tokens", rank_multiple=4, **settings, **CONFIG)
     report = prune_(model, config, cache_dir=tmp_path / "cache", progress=False)
     folder = save_model(model, tmp_path / "pruned", report=report)
     command = rebuild_command(read_facts(folder), "org/base")
-    assert "--budget bytes --min-keep 0.25 --prior 0.5" in command
+    assert "--budget bytes --min-keep 0.25 --prior 0.5 --choose-windows coverage" in command
     assert "--allocation zero-sum" in command
     assert "--calibration random-tokens" in command
     monkeypatch.setenv("EIGENPRUNE_CACHE", str(tmp_path / "another"))

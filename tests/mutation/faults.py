@@ -375,5 +375,40 @@ FAULTS = (
         "for name in ()}",
         ("tests/quantize/test_quantize.py", "-k", "lie_are_refused and alone"),
     ),
+    Fault(
+        "windows chosen for coverage are the nearest ones",
+        "calibrate/choice.py",
+        "found.append(int(nearest.argmax()))",
+        "found.append(int(nearest.nan_to_num(neginf=9.0).argmin()))",
+        ("tests/calibrate/test_choice.py", "-k", "coverage_is_greedy"),
+    ),
+    Fault(
+        "clusters of windows have equal parts whatever their damage",
+        "calibrate/choice.py",
+        "weights = [float(damage[inner].mean()) for inner in members]",
+        "weights = [1.0 for inner in members]",
+        ("tests/calibrate/test_choice.py", "-k", "damage_shares_out"),
+    ),
+    Fault(
+        "gradient of a window measured by its square",
+        "calibrate/window_features.py",
+        "return lengths.squares.sqrt() / (ids.shape[1] - 1)",
+        "return lengths.squares / (ids.shape[1] - 1)",
+        ("tests/calibrate/test_window_features.py", "-k", "whole_gradients and llama"),
+    ),
+    Fault(
+        "standard error of an average as if tasks were one",
+        "evaluate/task_scores.py",
+        "paired += _variance(change) / len(first) / count**2",
+        "paired += _variance(change) / len(first) / count",
+        ("tests/evaluate/test_task_scores.py",),
+    ),
+    Fault(
+        "score of the dense model without the same items",
+        "hub/measured_tasks.py",
+        "key = found.task, found.items_hash, found.metric",
+        "key = found.task, found.metric, found.metric",
+        ("tests/hub/test_card.py", "-k", "other_items"),
+    ),
 )
 MOST_SURVIVORS = 1
