@@ -98,6 +98,11 @@ class StoredWeight(nn.Module):
         self.register_buffer(SCALE, torch.zeros(rows, columns // group, dtype=SCALE_DTYPES[bits], device=device))
         self.register_parameter("bias", linear.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the right shape, without data: some models' `_init_weights` draws it anew, whatever was loaded."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
     def linear(self, name: str) -> nn.Linear:
         """The Linear that it stood for, once its buffers are filled.
 

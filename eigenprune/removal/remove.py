@@ -108,10 +108,8 @@ def remove_(
         elif compat is not None:
             attempts = [pooled_masks(frozen, before, wanted, fraction * remove) for fraction in FRACTIONS]
             path = one_shot(frozen, judges, compat.inputs, attempts)
-        elif worth == "laser":
-            path = one_shot(frozen, judges, None, laser_cuts(frozen, before, limit))
         else:
-            path = one_shot(frozen, judges, means, lowest(allowed, before, limit))
+            path = _one_shot_path(worth, frozen, judges, means, allowed, before, limit)
         path = list(path)
         rounds = [entry for entry, _ in path]
         chosen = best_round(rounds, retention_bound, lambda entry: entry.held_out_objective)
@@ -143,6 +141,20 @@ def remove_(
         sigma=sigma,
         seconds={"scoring": measured - started, "search": time.perf_counter() - measured},
     )
+
+
+def _one_shot_path(
+    worth: str,
+    frozen: FrozenPieces,
+    judges: Judges,
+    means: dict[str, Tensor],
+    allowed: dict[str, Tensor],
+    before: dict[str, Tensor],
+    limit: int,
+) -> Iterator[tuple[RemovalRound, State]]:
+    if worth == "laser":
+        return one_shot(frozen, judges, None, laser_cuts(frozen, before, limit))
+    return one_shot(frozen, judges, means, lowest(allowed, before, limit))
 
 
 def _gradients(model: nn.Module, frozen: FrozenPieces, judges: Judges, batch: int, partners: bool) -> PassageGradients:
