@@ -49,8 +49,8 @@ def remove_(
     With worth `exact`: a search in rounds, see `removal.search`; every group of components stays only if real forward
     passes gain, and the model is left at the round with the lowest objective on held-out examples. With any other rule:
     the lowest fractions `remove` / 8, / 4, / 2 and `remove` in one shot each, and the best of them or nothing by the
-    same. In both the retention loss may not rise by more than `retention_bound`. Nothing is trained, and a failed or
-    interrupted call leaves the model as it was.
+    same. In both the retention loss may not rise by more than `retention_bound`, nor may fewer held-out examples be
+    answered rightly. Nothing is trained, and a failed or interrupted call leaves the model as it was.
 
     Args:
         examples: of the task, to measure worth on; without `held_out` a quarter of them, drawn by `seed`, is set aside.

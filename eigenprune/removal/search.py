@@ -224,7 +224,15 @@ def _slopes(frozen: FrozenPieces, examples: ExampleSet, means: dict[str, Tensor]
 
 
 def best_round(rounds: list[RemovalRound], bound: float, key: Callable[[RemovalRound], float]) -> int:
-    """The first of the rounds with the lowest `key` among those that the guard lets pass; round 0 always does."""
-    limit = rounds[0].retention_loss + bound
-    passing = [i for i, entry in enumerate(rounds) if i == 0 or entry.retention_loss <= limit]
+    """The first of the rounds with the lowest `key` among those that may be kept; round 0 always may.
+
+    The guard must let a round pass, and it must answer at least as many held-out examples rightly as round 0: a mean
+    can fall while answers that were right are given up for others that are hopeless.
+    """
+    limit, least = rounds[0].retention_loss + bound, rounds[0].held_out_accuracy
+    passing = [
+        i
+        for i, entry in enumerate(rounds)
+        if i == 0 or (entry.retention_loss <= limit and entry.held_out_accuracy >= least)
+    ]
     return min(passing, key=lambda i: (key(rounds[i]), i))

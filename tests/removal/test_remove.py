@@ -10,9 +10,9 @@ from torch import nn
 from eigenprune.errors import CalibrationError, ConfigError, EigenpruneError, WeightError
 from eigenprune.evaluate import accuracy, answer_losses
 from eigenprune.evaluate.token_example import TokenExample
-from eigenprune.removal import RemovalReport, apply_, remove_
+from eigenprune.removal import RemovalReport, RemovalRound, apply_, remove_
 from eigenprune.removal.objective import OBJECTIVES
-from eigenprune.removal.search import Search
+from eigenprune.removal.search import Search, best_round
 from eigenprune.spectral import WORTHS
 from tests.helpers.compare import state_hashes
 from tests.helpers.tiny_models import VOCABULARY, tiny_model, token_windows
@@ -91,6 +91,16 @@ def test_only_the_wanted_kinds_lose_components() -> None:
 def test_a_guard_that_allows_nothing_leaves_the_model_within_it() -> None:
     report = run(tiny_model("gpt2"), retention_bound=0.0)
     assert report.after.retention_loss <= report.before.retention_loss
+
+
+def test_a_round_is_kept_only_within_the_guard_and_without_fewer_right_answers() -> None:
+    def entry(accuracy: float, objective: float, retention: float) -> RemovalRound:
+        return RemovalRound(0, 0.0, 0.0, objective, accuracy, retention, None, 0)
+
+    start = entry(0.5, 2.0, 1.0)
+    rounds = [start, entry(0.4, 0.1, 1.0), entry(0.6, 0.2, 1.3), entry(0.5, 1.0, 1.1), entry(0.9, 1.5, 1.2)]
+    assert best_round(rounds, 0.2, lambda found: found.held_out_objective) == 3
+    assert best_round(rounds[:2], 0.2, lambda found: found.held_out_objective) == 0
 
 
 def test_same_seed_same_removal() -> None:
