@@ -106,7 +106,8 @@ def recover_(
     training. With the other two: the hidden states of all windows, of both models.
 
     Args:
-        model: pruned, and in memory; in any floating dtype.
+        model: pruned, and in memory; in any floating dtype. For `perp` also one whose single entries were pruned
+            (`eigenprune.entries`): what is zero stays zero.
         dense: the model it was pruned from; for `distil` and `perp` also what `teacher_targets` kept of it.
         windows: [windows, window] int64 token ids, two at least; None takes those of the targets.
         method: `distil`, `block`, `closed` or `perp`.
@@ -117,8 +118,8 @@ def recover_(
         progress: show bars on standard error.
 
     Raises:
-        ConfigError: the model is not pruned, a setting is out of range, targets and windows are of different text, or
-            the method does not suit the model.
+        ConfigError: the model has no factored layer (`perp` needs none), a setting is out of range, targets and windows
+            are of different text, or the method does not suit the model.
         CalibrationError: fewer than two windows.
         WeightError: a weight is on the meta device, or a loss is not finite.
     """
@@ -126,7 +127,7 @@ def recover_(
     if chosen.blockwise and course is not None and (method == "closed" or course.minutes is not None):
         raise ConfigError(f"{method!r} takes no {'bound in minutes' if chosen.course else 'course: it trains nothing'}")
     course = course or chosen.course
-    _check(model, dense)
+    _check(model, dense, method)
     targets = None if chosen.blockwise else _targets(dense, windows, checkpoint_dir, progress)
     windows = windows if targets is None else targets.windows
     if windows is None or (chosen.blockwise and isinstance(dense, Targets)):
@@ -170,9 +171,12 @@ def find_recovery(name: str) -> Method:
     return RECOVERIES[name]
 
 
-def _check(model: nn.Module, dense: nn.Module | Targets) -> None:
-    if not low_rank_layers(model):
-        raise ConfigError("the model is not pruned, so there is nothing to recover: prune it first")
+def _check(model: nn.Module, dense: nn.Module | Targets, method: str) -> None:
+    if not low_rank_layers(model) and method != "perp":
+        raise ConfigError(
+            f"the model has no factored layer, so {method!r} has nothing to train: prune it first, or take 'perp', "
+            "which works after pruning of single entries too"
+        )
     if quantised_linears(model):
         raise ConfigError("the factors are quantised, and integers are not trained: recover first, then quantise")
     for part in (model, *([] if isinstance(dense, Targets) else [dense])):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from eigenprune import EigenpruneConfig, collect_statistics, prune_, save_model
+from eigenprune.entries import merge_entries, select_entries
 from eigenprune.errors import CalibrationError, ConfigError, WeightError
 from eigenprune.layers import low_rank_layers, select_layers
 from eigenprune.recover import Course, RecoveryReport, blockwise, recover_, teacher_targets, training
@@ -45,6 +46,21 @@ def divergence(model: nn.Module, windows: Tensor) -> float:
     with torch.no_grad():
         p, q = (m(input_ids=windows).logits.double().log_softmax(-1) for m in (tiny_model("llama"), model))
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_perp_recovers_what_pruning_single_entries_lost_and_zeros_stay(kind: str) -> None:
+    dense, model = tiny_model(kind), tiny_model(kind)
+    tuned = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    masks = select_entries(tuned, tuned, "magnitude", 0.5, reset="zero")
+    model.load_state_dict(dict(merge_entries(None, tuned, masks)))
+    pruned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = recover_(model, dense, WINDOWS, method="perp", course=COURSES["perp"], progress=False)
+    assert report.kept
+    assert report.after < report.before
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, pruned[name])}
+    assert changed
+    assert all(pruned[name].ndim == 1 for name in changed)
 
 
 @pytest.mark.parametrize("method", list(COURSES))
@@ -252,7 +268,7 @@ def test_wrong_use_is_refused_before_anything_runs() -> None:
     hurried = Course(rate=1e-4, minutes=1)
     wrong: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (ConfigError, "unknown", lambda: recover_(model, dense, WINDOWS, method="magic")),
-        (ConfigError, "not pruned", lambda: recover_(dense, dense, WINDOWS)),
+        (ConfigError, "no factored layer", lambda: recover_(dense, dense, WINDOWS)),
         (ConfigError, "pruned itself", lambda: recover_(model, pruned_model(), WINDOWS)),
         (ConfigError, "windows", lambda: recover_(model, dense)),
         (ConfigError, "other windows", lambda: recover_(model, targets, WINDOWS[:4])),
