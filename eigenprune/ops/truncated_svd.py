@@ -68,9 +68,9 @@ def truncated_svd(
         TruncatedSVD, in float32, or float64 for float64. Signs are fixed: the entry of largest magnitude of every
         column of U is positive, the first such if there are two.
 
-        Same input, seed, number of threads and machine give the same bits. On CPU the number of threads does not
-        matter to U, S and Vh either where a float32 batch of at least as many matrices as threads takes the exact Gram
-        path (GRAM); elsewhere bits differ with their number.
+        Same input, seed, number of threads and machine give the same bits. On CPU another number of threads changes
+        U, S and Vh by float64 rounding alone where a float32 batch of at least as many matrices as threads takes the
+        exact Gram path (GRAM): hardly a bit, though some (BLAS rounds otherwise on one thread than on several).
 
         The interpreter lock is released while torch works. An interrupt is noticed between two torch calls, of which
         none works on more than a few seconds, or one matrix.

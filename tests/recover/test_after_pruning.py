@@ -102,7 +102,7 @@ def test_bare_recover_gets_a_method() -> None:
 def test_command_line_recovers_and_the_card_says_so(tmp_path: Path) -> None:
     dense = saved_dense("llama", tmp_path / "dense")
     text = tmp_path / "a.txt"
-    text.write_text(prose(600, 1))
+    text.write_text(prose(2400, 1))
     common = ("prune", dense, "--keep", "0.6", "--texts", text, "--window", "32", "--json")
     done = run(*common, "--out", tmp_path / "out", "--recover", "--recover-minutes", "5")
     assert done.returncode == 0, done.stderr
