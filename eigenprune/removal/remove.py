@@ -67,8 +67,9 @@ def remove_(
         checks: at most this many forward checks are made in the search.
         pooled: whether the search's groups are judged on search and held-out examples together, or on held-out ones
             alone (faster).
-        autocast: let the search's checks and slopes use bfloat16 where this machine multiplies it in hardware (some
-            three times as fast); what the report says, and which round stays, is measured as the model is.
+        autocast: let the search's checks and slopes use bfloat16 where this machine multiplies it in hardware. Gains
+            smaller than its rounding may then be noise; what the report says, and which round stays, is measured as
+            the model is.
         skip: as for `select_layers`.
         batch: examples in one run.
         seed: of the split, and of `random`.
