@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss whose gradients the output statistics are made of, for models with and without labels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
 
@@ -80,10 +80,21 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
+def float_rows(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of `logits` [rows, vocabulary] after the other: their place, and a float32 copy that may be changed.
+
+    All copies lie in the same memory: fresh memory for each would be cleared by the system, page by page, first.
+    """
+    memory = torch.empty(min(ROWS, len(logits)), logits.shape[1], dtype=torch.float32, device=logits.device)
+    for start in range(0, len(logits), ROWS):
+        part = slice(start, min(start + ROWS, len(logits)))
+        yield part, memory[: part.stop - start].copy_(logits[part])
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        normalisers = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(ROWS)])
+        normalisers = torch.cat([rows.logsumexp(-1) for _, rows in float_rows(logits)])
         picked = logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1).float()
         ctx.save_for_backward(logits, labels, normalisers)
         return ((normalisers - picked) * (labels >= 0)).sum()
@@ -92,9 +103,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
         logits, labels, normalisers = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for start in range(0, logits.shape[0], ROWS):
-            part = slice(start, start + ROWS)
-            rows = (logits[part].float() - normalisers[part].unsqueeze(1)).exp_()
+        for part, rows in float_rows(logits):
+            rows.sub_(normalisers[part].unsqueeze(1)).exp_()
             rows.scatter_add_(1, labels[part].clamp_min(0).unsqueeze(1), rows.new_full((rows.shape[0], 1), -1.0))
             gradient[part] = rows.mul_((labels[part] >= 0).unsqueeze(1) * outer[0])
         return gradient, None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenprune.calibrate.objective import ROWS
+from eigenprune.calibrate.objective import float_rows
 
 # Below this a float32 sum of probabilities, each rounded, no longer tells the rest from nothing.
 SMALLEST_REST = 1e-6
@@ -43,9 +43,8 @@ def likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
     top = min(top, logits.shape[1])
     values = torch.empty(len(logits), top, dtype=torch.float16, device=logits.device)
     classes = torch.empty(len(logits), top, dtype=torch.int32, device=logits.device)
-    for start in range(0, len(logits), ROWS):
-        part = slice(start, start + ROWS)
-        found = logits[part].float().log_softmax(-1).topk(top, sorted=False)
+    for part, rows in float_rows(logits):
+        found = rows.log_softmax(-1).topk(top, sorted=False)
         values[part] = found.values.clamp_min(torch.finfo(torch.float16).min)
         classes[part] = found.indices
     return values, classes
@@ -54,7 +53,7 @@ def likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
 class _SummedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, log_probabilities: Tensor, classes: Tensor) -> Tensor:
-        normalisers = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(ROWS)])
+        normalisers = torch.cat([rows.logsumexp(-1) for _, rows in float_rows(logits)])
         whole = classes.shape[1] == logits.shape[1]
         log_p = log_probabilities.float()
         log_p = log_p.log_softmax(-1) if whole else log_p  # rounded ones do not sum to 1
@@ -72,11 +71,10 @@ class _SummedDivergence(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         logits, p, classes, normalisers, ratio = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for start in range(0, logits.shape[0], ROWS):
-            part = slice(start, start + ROWS)
+        for part, rows in float_rows(logits):
             named = classes[part].long()
             # d/dz_j: q_j - p_j for a named class, and q_j (1 - p_rest / q_rest) for one of the rest.
-            rows = (logits[part].float() - normalisers[part].unsqueeze(1)).exp_()
+            rows.sub_(normalisers[part].unsqueeze(1)).exp_()
             moved = rows.gather(1, named) - p[part]
             rows.mul_(1 - ratio[part].unsqueeze(1)).scatter_(1, named, moved)
             gradient[part] = rows.mul_(outer[0])

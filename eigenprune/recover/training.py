@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short, resumable training of some parameters of a model: AdamW in float32, one window at a time."""
+"""Short, resumable training of some parameters of a model, in float32, a few windows at a time.
+
+Matrices are trained by Muon (Jordan et al., 2024), vectors by AdamW. A step of AdamW moves every entry by about the
+rate, noise or not; one of Muon moves every singular direction of a matrix alike. Measured with one window a step
+(benchmarks/recovery.py), Muon needs a sixth of the windows for the same divergence.
+"""
 
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +23,11 @@ from tqdm import tqdm
 from eigenprune.calibrate.cache import save_tensors
 from eigenprune.errors import ConfigError, WeightError
 
-BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.95)  # of AdamW
+MOMENTUM = 0.9  # of Muon; 0.97 was slower over 30 steps
 LONGEST_GRADIENT = 1.0
 WARMUP = 0.05  # of the whole run
-SECONDS_BETWEEN_SAVES = 180.0  # parameters and two moments: some seconds for each GB
+SECONDS_BETWEEN_SAVES = 180.0  # parameters and moments: some seconds for each GB
 
 LossOf = Callable[[int], Tensor]  # index of a window -> its mean loss
 
@@ -30,7 +37,7 @@ class Course:
     """How long and how fast to train.
 
     Attributes:
-        rate: the highest learning rate, of AdamW.
+        rate: the highest learning rate, in AdamW's units for matrices too: Muon's steps are scaled to the size of its.
         passes: how often each window is read.
         batch: windows in a step.
         minutes: training ends after so many minutes, interruptions not counted; None for no bound. The learning rate
@@ -88,7 +95,7 @@ def train_(
     saved: "TrainingFile | None" = None,
     progress: bool = True,
 ) -> Trained:
-    """Lower the mean loss over `windows` by AdamW on `parameters`, in place.
+    """Lower the mean loss over `windows` by training `parameters`, in place.
 
     A run that was killed or interrupted goes on from where it was last saved, and ends (without a bound in minutes)
     with the bits of an unbroken one: nothing is drawn but the order of the windows.
@@ -105,9 +112,7 @@ def train_(
         WeightError: the loss is not finite.
     """
     order = [batch for batch in torch.tensor(windows)[course.order(len(windows))].split(course.batch) if len(batch)]
-    groups = [{"params": list(parameters.values())}]
-    optimizer = torch.optim.AdamW(groups, lr=course.rate, betas=BETAS, weight_decay=0.0, fused=True)
-    run = _Run(parameters, optimizer)
+    run = _Run(parameters)
     if saved is not None:
         saved.resume(run)
     bar = tqdm(total=len(order), initial=run.step, desc="recovering", unit="step", disable=not progress, leave=False)
@@ -131,33 +136,40 @@ def train_(
 class _Run:
     """What changes while training, as tensors and numbers that go to a file and come back."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> None:
-        self.parameters, self.optimizer = parameters, optimizer
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters, self.optimizers = parameters, _optimizers(parameters.values())
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
         self.whole = True  # not in the middle of an update
-        for parameter in parameters.values():
-            optimizer.state[parameter] = {
-                "step": torch.tensor(0.0, device=parameter.device),  # the fused kernel wants it there
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+        for parameter, state in self._states():
+            for key in _moments(parameter):
+                state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            if parameter.ndim != 2:
+                state["step"] = torch.tensor(0.0, device=parameter.device)  # AdamW's fused kernel wants it there
+
+    def _states(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield parameter, optimizer.state[parameter]
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and moments, by name."""
+        states = {id(parameter): state for parameter, state in self._states()}
         found: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             found[name] = parameter.detach()
-            for key in ("exp_avg", "exp_avg_sq"):
-                found[f"{name}.{key}"] = self.optimizer.state[parameter][key]
+            for key in _moments(parameter):
+                found[f"{name}.{key}"] = states[id(parameter)][key]
         return found
 
     def restore(self, tensors: Mapping[str, Tensor], step: int, seconds: float, losses: list[float]) -> None:
         """Go on from there."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
-        for parameter in self.parameters.values():
-            self.optimizer.state[parameter]["step"].fill_(step)
+        for _, state in self._states():
+            if "step" in state:
+                state["step"].fill_(step)
         self.step, self.seconds, self.losses = step, seconds, losses
 
 
@@ -172,14 +184,34 @@ def _step(run: _Run, indices: list[int], loss_of: LossOf, rate: float) -> float:
     run.whole = False
     parameters = [parameter for parameter in run.parameters.values() if parameter.grad is not None]
     nn.utils.clip_grad_norm_(parameters, LONGEST_GRADIENT)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     run.step += 1
     run.losses.append(total)
     run.whole = True
     return total
+
+
+def _optimizers(parameters: Iterable[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for the rest; their rates are set at each step."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for parameter in parameters:
+        (matrices if parameter.ndim == 2 else others).append(parameter)
+    found: list[torch.optim.Optimizer] = []
+    if matrices:
+        found.append(torch.optim.Muon(matrices, weight_decay=0.0, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        found.append(torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0, fused=True))
+    return found
+
+
+def _moments(parameter: Tensor) -> tuple[str, ...]:
+    """What the optimizer of a parameter keeps for each of its entries."""
+    return ("momentum_buffer",) if parameter.ndim == 2 else ("exp_avg", "exp_avg_sq")
 
 
 class TrainingFile:

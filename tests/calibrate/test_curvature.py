@@ -105,3 +105,9 @@ def test_an_unknown_objective_is_a_calibration_error() -> None:
     model = tiny.llama()
     with pytest.raises(CalibrationError, match="objective 'kl' is unknown; there are: top-tokens-kl"):
         collect_statistics(model, tiny.windows(1), linears(model), objective="kl", progress=False)
+
+
+def test_a_model_without_a_head_has_no_likeliest_tokens() -> None:
+    model = tiny.bert("BertModel")
+    with pytest.raises(CalibrationError, match="BertModel has no head"):
+        collect_statistics(model, tiny.windows(1), linears(model), objective=TOP_TOKENS_KL, progress=False)
