@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from eigenprune.calibrate.objective import Objective, has_head, model_inputs
+from eigenprune.calibrate.objective import Objective, model_inputs
 from eigenprune.errors import CalibrationError
 
 TOP_TOKENS = 5  # IO-SVD, arXiv 2605.15626, uses about as many
@@ -35,12 +35,12 @@ def top_tokens_kl(model: nn.Module, ids: Tensor, generator: torch.Generator) -> 
     Raises:
         CalibrationError: the model has no head.
     """
-    if not has_head(model):
+    logits: Tensor | None = getattr(model(**model_inputs(model, ids)), "logits", None)
+    if logits is None:
         raise CalibrationError(
             f"{type(model).__name__} has no head, so no likeliest tokens: load it with its head, or take a method "
             "that looks at the hidden state, such as 'kfac'"
         )
-    logits = model(**model_inputs(model, ids)).logits
     top = logits.topk(min(TOP_TOKENS, logits.shape[-1]), dim=-1)
     values = top.values.float()
     p = values.detach().softmax(-1)
