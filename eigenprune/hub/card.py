@@ -152,7 +152,8 @@ def _front_matter(
             task_type=task or "text-generation",
             dataset_type="text",
             dataset_name=plain(", ".join(entry.texts)),
-            dataset_args={"window": entry.window, "tokens": entry.tokens, "token_hash": entry.token_hash[:16]},
+            dataset_revision=entry.token_hash[:16],  # results whose data sets do not differ by it become one
+            dataset_args={"window": entry.window, "tokens": entry.tokens},
             metric_type="perplexity",
             metric_value=round(entry.pruned, 4),
         )

@@ -47,14 +47,20 @@ def read_measured(files: Iterable[Path], facts: CheckpointFacts) -> list[Measure
     """
     pruned: dict[str, dict[str, Any]] = {}
     dense: dict[str, tuple[str, float]] = {}
+    elsewhere: dict[str, float] = {}
     for file in files:
         result = read_result(file)
         if "perplexity" not in result:
             continue
+        other = _other_domain(result)
         if belongs_to(result, facts, file) == "pruned":
             pruned[result["token_hash"]] = result
+            if other is not None:
+                pruned.setdefault(other["token_hash"], other)
         else:
             dense[result["token_hash"]] = (file.name, result["perplexity"])
+            if other is not None:  # no mistake if it was measured with another version of Python, so of its manual
+                elsewhere[other["token_hash"]] = other["perplexity"]
     for token_hash, (name, _) in dense.items():
         if token_hash not in pruned:
             raise CheckpointError(f"{name} is of the dense model, and no result is of this one on the same tokens")
@@ -65,11 +71,21 @@ def read_measured(files: Iterable[Path], facts: CheckpointFacts) -> list[Measure
             tokens=result["tokens"],
             token_hash=token_hash,
             pruned=result["perplexity"],
-            dense=dense.get(token_hash, ("", None))[1],
+            dense=dense.get(token_hash, ("", elsewhere.get(token_hash)))[1],
             dataset=_dataset(result),
         )
-        for token_hash, result in sorted(pruned.items())
+        for token_hash, result in sorted(pruned.items(), key=lambda item: (_is_other(item[1]), item[0]))
     ]
+
+
+def _other_domain(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The part of a result that is of another domain than its texts, in the form of a result."""
+    other = result.get("other_domain")
+    return None if other is None else {**other, "texts": [other["text"]], "window": result["window"]}
+
+
+def _is_other(result: dict[str, Any]) -> bool:
+    return "text" in result
 
 
 def belongs_to(result: dict[str, Any], facts: CheckpointFacts, file: Path) -> str:
@@ -119,8 +135,15 @@ def read_result(file: Path) -> dict[str, Any]:
     if of_text:
         kinds |= {"perplexity": (float, int), "window": int, "tokens": int, "token_hash": str, "texts": list}
     bad = [key for key, kind in kinds.items() if not isinstance(result.get(key), kind)]
-    if of_text and not bad and not (math.isfinite(result["perplexity"]) and result["perplexity"] >= 1):
-        bad = ["perplexity"]
+    other = result.get("other_domain")
+    if of_text and other is not None and not (isinstance(other, dict) and isinstance(other.get("text"), str)):
+        bad = [*bad, "other_domain"]
+    if of_text and not bad:
+        figures = [result, *([] if other is None else [other])]
+        kinds = {"perplexity": (float, int), "tokens": int, "token_hash": str}
+        bad = [key for key, kind in kinds.items() if not all(isinstance(part.get(key), kind) for part in figures)]
+        if not bad and not all(math.isfinite(part["perplexity"]) and part["perplexity"] >= 1 for part in figures):
+            bad = ["perplexity"]
     if bad or not all(isinstance(text, str) for text in result.get("texts", [])):
         raise CheckpointError(
             f"{file.name} is no result of this version's eigenprune eval --json ({', '.join(bad) or 'texts'})"

@@ -82,6 +82,9 @@ def test_eval_predicts_every_token_once(pruned: tuple[Path, dict], texts: list[P
     result = json.loads(done.stdout)
     assert result["tokens"] == len(texts[0].read_text()) - 1  # the tiny tokenizer has one token a character
     assert result["perplexity"] > 1
+    assert (result["other_domain"]["text"], result["other_domain"]["tokens"]) == ("python-docs", 8 * 31)
+    done = run("eval", pruned[0], "--texts", texts[0], "--window", "32", "--no-other-domain", "--json")
+    assert "other_domain" not in json.loads(done.stdout)
 
 
 def test_eval_of_non_finite_logits_is_an_error(dense: Path, texts: list[Path], tmp_path: Path) -> None:

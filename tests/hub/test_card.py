@@ -219,8 +219,14 @@ def test_results_of_eval_come_into_table_and_front_matter(
     ratio = pruned["perplexity"] / dense["perplexity"]
     assert f"| perplexity, `cal.txt` | {dense['perplexity']:.3f} | {pruned['perplexity']:.3f} | {ratio:.3f} |" in card
     assert f"{pruned['tokens']:,} tokens predicted in windows of 32" in card
-    (result,) = front_matter(card)["model-index"][0]["results"]
+    result, elsewhere = front_matter(card)["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "perplexity", "value": round(pruned["perplexity"], 4)}]
+    dense, pruned = dense["other_domain"], pruned["other_domain"]
+    ratio = pruned["perplexity"] / dense["perplexity"]
+    assert (
+        f"| perplexity, `python-docs` | {dense['perplexity']:.3f} | {pruned['perplexity']:.3f} | {ratio:.3f} |" in card
+    )
+    assert elsewhere["metrics"] == [{"type": "perplexity", "value": round(pruned["perplexity"], 4)}]
     assert "not measured |" in build_card(made[0], REPO, results=[results["pruned"]])
 
 
@@ -252,6 +258,22 @@ def test_eval_notes_the_data_set_and_refuses_half_a_name(made: tuple[Path, Prune
         done = CliRunner().invoke(app, ["eval", str(made[0]), *texts, *half])
         assert done.exit_code == 1
         assert "is no" in done.output
+
+
+def test_another_version_of_the_other_domain_is_no_mistake_and_a_damaged_one_is(
+    made: tuple[Path, PruneReport], results: dict[str, Path], tmp_path: Path
+) -> None:
+    older = json.loads(results["dense"].read_text())
+    older["other_domain"]["token_hash"] = "ab" * 32
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    texts, elsewhere = read_measured([tmp_path / "older.json", results["pruned"]], read_facts(made[0]))
+    assert (texts.texts, texts.dense) == (("cal.txt",), older["perplexity"])
+    assert (elsewhere.texts, elsewhere.dense) == (("python-docs",), None)
+    for change in ({"perplexity": "1"}, {"perplexity": 0.5}, {"token_hash": None}, {"text": 1}):
+        damaged = older | {"other_domain": older["other_domain"] | change}
+        (tmp_path / "older.json").write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match="is no result"):
+            read_measured([tmp_path / "older.json"], read_facts(made[0]))
 
 
 def task_result(made: tuple[Path, PruneReport], results: dict[str, Path], name: str, **change: Any) -> dict[str, Any]:
