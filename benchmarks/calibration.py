@@ -17,17 +17,14 @@ Rows go to a JSONL file as they are measured; rows that are there already are no
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from environment import ROOT, environment, shared_folder
 from get_smollm2 import get_smollm2
-from quality import WINDOW, Bench, Row, kept_rows
+from quality import WINDOW, Bench, Row
+from result_rows import RESULTS_FOLDER, command_line, keep_row, kept_rows, shared_or_exit
 from torch import Tensor
 
 from eigenprune.calibrate import (
@@ -47,7 +44,7 @@ SOURCES = (SAMPLED, "wikitext2", "wiki_passages", BUILTIN)
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128)
 SAMPLED_WINDOWS = (40, 64)  # the first ones of these samples are taken
 DEFAULT_WINDOWS = 40
-RESULTS = ROOT / "benchmarks" / "results" / "calibration.jsonl"
+RESULTS = RESULTS_FOLDER / "calibration.jsonl"
 KEY = ("source", "calibration_windows", "keep")
 
 
@@ -141,45 +138,32 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, RESULTS)
     parser.add_argument("--sources", nargs="*", default=list(SOURCES))
     parser.add_argument("--windows", nargs="*", type=int, default=[*WINDOWS, DEFAULT_WINDOWS])
     parser.add_argument("--keep", nargs="*", type=float, default=[0.9, 0.8, 0.6])
-    parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
     options = parser.parse_args()
     rows = kept_rows(options.out)
     if options.table:
         print(table(rows))
         return
-    shared = shared_folder()
-    if shared is None:
-        sys.exit("calibration.py needs the texts of the shared folder: set EIGENPRUNE_SHARED")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    shared = shared_or_exit()
     bench = CurveBench(get_smollm2(options.models), shared)
     done = {tuple(row.get(key) for key in KEY) for row in rows}
-    with options.out.open("a", encoding="utf-8") as out:
-
-        def keep_row(row: dict[str, Any]) -> None:
-            out.write(json.dumps(row | environment()) + "\n")
-            out.flush()
-            rows.append(row)
-
-        for source, count, keep in wanted_rows():
-            wanted = source in options.sources and count in options.windows and keep in options.keep
-            if not wanted or (source, count, keep) in done:
-                continue
-            row = Row(f"{source}@{count}", "kfac", "pivot", "global", keep)
-            found = bench.measure(row) | {"calibration": source, "source": source, "calibration_windows": count}
-            seconds = {
-                "sampling_seconds": bench.seconds if source == SAMPLED else None,
-                "statistics_cpu_seconds": bench.statistics_seconds,
-            }
-            keep_row(found | seconds)
-            print(f"{replace(row, calibration=source)} {count}: {rows[-1]['perplexity']:.3f}", file=sys.stderr)
-        if not any(row["method"] == "dense" for row in rows):
-            keep_row(bench.dense())
+    for source, count, keep in wanted_rows():
+        wanted = source in options.sources and count in options.windows and keep in options.keep
+        if not wanted or (source, count, keep) in done:
+            continue
+        row = Row(f"{source}@{count}", "kfac", "pivot", "global", keep)
+        found = bench.measure(row) | {"calibration": source, "source": source, "calibration_windows": count}
+        seconds = {
+            "sampling_seconds": bench.seconds if source == SAMPLED else None,
+            "statistics_cpu_seconds": bench.statistics_seconds,
+        }
+        rows.append(keep_row(options.out, found | seconds))
+        print(f"{replace(row, calibration=source)} {count}: {rows[-1]['perplexity']:.3f}", file=sys.stderr)
+    if not any(row["method"] == "dense" for row in rows):
+        rows.append(keep_row(options.out, bench.dense()))
     print(table(rows))
 
 

@@ -20,7 +20,8 @@ import torch
 from environment import ROOT, environment, shared_folder
 from get_smollm2 import NAME, PROVENANCE, get_smollm2
 from hub_round_trip import NEW_TOKENS, round_trip, told
-from quality import RESULTS, kept_rows
+from quality import RESULTS
+from result_rows import kept_rows
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer

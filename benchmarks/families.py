@@ -15,11 +15,8 @@ Evaluation: the first 500 reactions, or questions, of the test file. SmolLM2's r
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -28,8 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from entries_pairs import read_rows
-from environment import ROOT, environment, shared_folder
-from quality import kept_rows
+from result_rows import RESULTS_FOLDER, command_line, keep_row, kept_rows, shared_or_exit
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
@@ -41,8 +37,8 @@ from eigenprune.spectral import METHODS
 KEEP = (0.8, 0.6, 0.4)
 EXAMPLES, PROBE_EXAMPLES, MASKED = 500, 2000, 0.15
 BATCH = 25
-RESULTS = ROOT / "benchmarks" / "results" / "families.jsonl"
-QUALITY = ROOT / "benchmarks" / "results" / "quality.jsonl"
+RESULTS = RESULTS_FOLDER / "families.jsonl"
+QUALITY = RESULTS_FOLDER / "quality.jsonl"
 SMOLLM2 = "smollm2-135m-instruct"
 
 
@@ -211,30 +207,23 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure the rows that are missing, or print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, RESULTS)
     parser.add_argument("--methods", nargs="*", default=methods(), choices=methods())
     parser.add_argument("--keep", nargs="*", type=float, default=list(KEEP))
-    parser.add_argument("--models", type=Path, default=ROOT / ".models", help="folder of get_models.py")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
     options = parser.parse_args()
     if not options.table:
-        shared = shared_folder()
-        if shared is None:
-            sys.exit("families.py needs the texts of the shared folder: set EIGENPRUNE_SHARED")
+        shared = shared_or_exit()
         benches = [kind(options.models, shared / "data") for kind in (Reactions, Sentences)]
         done = {(row["model"], row["method"], row["keep"]) for row in kept_rows(options.out)}
         wanted = [(bench, "dense", 1.0) for bench in benches]
         wanted += [(bench, name, keep) for bench in benches for name in options.methods for keep in options.keep]
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         for bench, name, keep in wanted:
             if (bench.name, name, keep) in done:
                 continue
             row = {"model": bench.name, "method": name, "keep": keep}
             row = row | bench.measure(bench.model) if name == "dense" else measure(bench, keep, name)
             print(row, flush=True)
-            with options.out.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row | environment()) + "\n")
+            keep_row(options.out, row)
     print(table(kept_rows(options.out)))
 
 

@@ -14,16 +14,14 @@ measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from environment import ROOT, environment, shared_folder
 from get_smollm2 import get_smollm2
-from quality import kept_rows
+from result_rows import RESULTS_FOLDER, command_line, keep_row, kept_rows, shared_or_exit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eigenprune.evaluate import paired_difference
@@ -33,7 +31,7 @@ from eigenprune.hub import hash_weights
 TASKS = ("copa", "winogrande", "openbookqa", "arc_easy", "hellaswag")  # the cheapest first
 LIMIT = 200
 BATCH = 8
-RESULTS = ROOT / "benchmarks" / "results" / "harness.jsonl"
+RESULTS = RESULTS_FOLDER / "harness.jsonl"
 KEY = ("weights", "task", "limit", "dtype")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 POINT = 100
@@ -94,27 +92,21 @@ def named(text: str) -> tuple[str, Path]:
 
 def main() -> None:
     """Measure the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, RESULTS)
     parser.add_argument("--model", action="append", type=named, default=[], help="NAME=FOLDER; repeat for more")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--limit", type=int, default=LIMIT)
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
-    parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the dense model is kept")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
     options = parser.parse_args()
     rows = kept_rows(options.out)
     if options.table:
         print(table(rows))
         return
-    shared = shared_folder()
-    if shared is None:
-        sys.exit("harness.py needs the tasks of the shared folder: set EIGENPRUNE_SHARED")
+    shared = shared_or_exit()
     dense = get_smollm2(options.models)
     tokenizer = AutoTokenizer.from_pretrained(dense)
     tasks = load_tasks(options.tasks, task_files=shared / "lm_eval", progress=False)
     done = {tuple(row[key] for key in KEY) for row in rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, folder in [("dense", dense), *options.model]:
         weights = hash_weights(folder)
         missing = [task for task in options.tasks if (weights, task, options.limit, options.dtype) not in done]
@@ -123,10 +115,8 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype])
         for task in missing:
             row = {"model": name, "weights": weights, "dtype": options.dtype}
-            row |= measure(model, tokenizer, task, tasks, options.limit) | environment()
-            with options.out.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row) + "\n")
-            rows.append(row)
+            row |= measure(model, tokenizer, task, tasks, options.limit)
+            rows.append(keep_row(options.out, row))
             print(f"{name} {task}: {row['scores']} in {row['seconds']:.0f} s", file=sys.stderr)
     print(table(rows))
 

@@ -5,17 +5,16 @@ The protocol of quality.py: calibrated on the first 64 windows of WikiText-2 `tr
 of 1024 tokens of its test text. Every model is saved in bfloat16 (what is not quantised), its weight files are counted,
 and it is loaded again in float32 from there. Rows that are in the file already are not measured again.
 
-    python benchmarks/pareto.py                          # the rows that are missing, some minutes each
-    python benchmarks/pareto.py --only 'int8'            # rows whose name has a match
-    python benchmarks/pareto.py --table                  # the rows kept so far as a Markdown table
-    python benchmarks/pareto.py --picture pareto.svg     # and as a picture (.svg, .png; needs matplotlib)
+    python benchmarks/pareto.py                                  # the rows that are missing, some minutes each
+    python benchmarks/pareto.py --only 'int8'                    # rows whose name has a match
+    python benchmarks/pareto.py --table --evaluation-windows 6   # the rows kept so far as a Markdown table
+    python benchmarks/pareto.py --picture pareto.svg --evaluation-windows 6   # and as a picture (needs matplotlib)
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import re
 import sys
@@ -27,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import ROOT, environment, shared_folder
+from environment import shared_folder
 from get_smollm2 import get_smollm2
-from quality import EVALUATION_WINDOWS, Bench, kept_rows
+from quality import EVALUATION_WINDOWS, Bench
+from result_rows import RESULTS_FOLDER, command_line, keep_row, kept_rows
 from transformers import AutoModelForCausalLM
 
 from eigenprune import EigenpruneConfig, perplexity, prune_, save_model
@@ -37,7 +37,7 @@ from eigenprune.calibrate import default_cache_dir
 from eigenprune.layers import low_rank_layers, quantised_bits
 from eigenprune.quantize import quantize_
 
-RESULTS = ROOT / "benchmarks" / "results" / "pareto.jsonl"
+RESULTS = RESULTS_FOLDER / "pareto.jsonl"
 MOST_NATS = 2.0  # of the picture
 STYLES = {  # family: (colour, marker)
     "dense": ("#222222", "s"),
@@ -220,15 +220,12 @@ def missing(options: argparse.Namespace, rows: Iterable[dict[str, Any]]) -> list
 
 def main() -> None:
     """Measure the rows that are missing, or show those that are there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, RESULTS)
     parser.add_argument("--only", default="", help="regular expression of row names")
     parser.add_argument(
         "--evaluation-windows", type=int, default=EVALUATION_WINDOWS, help="of 1024 tokens, spaced evenly"
     )
-    parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
     parser.add_argument("--work", type=Path, default=default_cache_dir() / "pareto-benchmark", help="pruned models")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
     parser.add_argument("--picture", type=Path, help="draw the rows kept so far into this file, and measure nothing")
     options = parser.parse_args()
     rows = [row for row in kept_rows(options.out) if row["evaluation_windows"] == options.evaluation_windows]
@@ -243,15 +240,12 @@ def main() -> None:
     if wanted and shared is not None:
         bench = Bench(get_smollm2(options.models), shared, evaluation_windows=options.evaluation_windows)
         models = Models(bench, options.work)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for row in wanted if models is not None else ():
-        rows.append(measure(models, row) | environment())
-        with options.out.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(rows[-1]) + "\n")
+        rows.append(keep_row(options.out, measure(models, row)))
         print(
             f"{row.name}: {rows[-1]['file_bytes']:,} bytes, {rows[-1]['perplexity']:.3f}", file=sys.stderr, flush=True
         )
-    print(table(rows))
+    print(table(rows) if rows else f"no rows of {options.evaluation_windows} evaluation windows in {options.out}")
 
 
 if __name__ == "__main__":

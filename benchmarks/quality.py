@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -30,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import ROOT, environment, shared_folder
+from environment import environment
 from get_smollm2 import get_smollm2
+from result_rows import RESULTS_FOLDER, command_line, keep_row, kept_rows, shared_or_exit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +47,7 @@ SHARED_ALLOCATIONS = ("global", "uniform")
 WINDOW = 1024
 CALIBRATION_WINDOWS = 64
 EVALUATION_WINDOWS = 24
-RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
+RESULTS = RESULTS_FOLDER / "quality.jsonl"
 KEY = ("calibration", "method", "layout", "allocation", "keep")
 COUNTS = {"calibration_windows": CALIBRATION_WINDOWS, "evaluation_windows": EVALUATION_WINDOWS}  # of older rows
 
@@ -152,13 +152,6 @@ class Bench:
         return read_texts([self.shared / "data" / calibration / "train.jsonl.gz"])
 
 
-def kept_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows measured so far."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def row_counts(row: dict[str, Any]) -> dict[str, int]:
     """How many windows a row was calibrated and measured on."""
     return {key: row.get(key, default) for key, default in COUNTS.items()}
@@ -198,7 +191,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, RESULTS)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--keep", nargs="*", type=float, default=list(KEEP))
     parser.add_argument("--calibration", nargs="*", default=["wikitext2", "wiki_passages", BUILTIN])
@@ -207,36 +200,23 @@ def main() -> None:
     parser.add_argument("--calibration-windows", type=int, default=CALIBRATION_WINDOWS)
     parser.add_argument("--evaluation-windows", type=int, default=EVALUATION_WINDOWS)
     parser.add_argument("--this-commit", action="store_true", help="measure again what other commits have measured")
-    parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
     options = parser.parse_args()
     rows = kept_rows(options.out)
     if options.table:
         print(table(rows))
         return
-    shared = shared_folder()
-    if shared is None:
-        sys.exit("quality.py needs the texts of the shared folder: set EIGENPRUNE_SHARED")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    shared = shared_or_exit()
     bench = Bench(get_smollm2(options.models), shared, options.calibration_windows, options.evaluation_windows)
     commit = environment()["commit"]
     now = [row for row in rows if row_counts(row) == bench.counts]
     now = [row for row in now if not options.this_commit or row["commit"] == commit]
     done = {tuple(row.get(key) for key in KEY) for row in now}
-    with options.out.open("a", encoding="utf-8") as out:
-
-        def keep_row(row: dict[str, Any]) -> None:
-            out.write(json.dumps(row | environment()) + "\n")
-            out.flush()
-            rows.append(row)
-
-        if not any(row["method"] == "dense" for row in now):
-            keep_row(bench.dense())
-        for row in all_rows():
-            if is_wanted(row, options) and tuple(vars(row).values()) not in done:
-                keep_row(bench.measure(row))
-                print(f"{row} perplexity {rows[-1]['perplexity']:.3f}", file=sys.stderr)
+    if not any(row["method"] == "dense" for row in now):
+        rows.append(keep_row(options.out, bench.dense()))
+    for row in all_rows():
+        if is_wanted(row, options) and tuple(vars(row).values()) not in done:
+            rows.append(keep_row(options.out, bench.measure(row)))
+            print(f"{row} perplexity {rows[-1]['perplexity']:.3f}", file=sys.stderr)
     print(table(rows))
 
 

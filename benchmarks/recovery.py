@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from environment import ROOT, environment, shared_folder
 from get_smollm2 import get_smollm2
-from quality import CALIBRATION_WINDOWS, EVALUATION_WINDOWS, WINDOW, kept_rows
+from quality import CALIBRATION_WINDOWS, EVALUATION_WINDOWS, WINDOW
+from result_rows import RESULTS_FOLDER, command_line, keep_row, kept_rows, shared_or_exit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +29,7 @@ from eigenprune.calibrate import cut_windows, default_cache_dir, read_texts, tok
 from eigenprune.evaluate import spaced_windows
 from eigenprune.recover import RECOVERIES, recover_, teacher_targets
 
-RESULTS = ROOT / "benchmarks" / "results" / "recovery.jsonl"
+RESULTS = RESULTS_FOLDER / "recovery.jsonl"
 
 
 class Work:
@@ -119,7 +118,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure one row, or print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, RESULTS)
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--method", choices=sorted(RECOVERIES), default="distil")
     parser.add_argument("--windows", type=int, default=192, help="of 1024 tokens")
@@ -127,19 +126,11 @@ def main() -> None:
     parser.add_argument("--passes", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--save", type=Path, help="folder for the recovered model")
-    parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
     parser.add_argument("--work", type=Path, default=default_cache_dir() / "recovery-benchmark")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
     options = parser.parse_args()
     if not options.table:
-        shared = shared_folder()
-        if shared is None:
-            sys.exit("recovery.py needs the texts of the shared folder: set EIGENPRUNE_SHARED")
-        row = measure(Work(options.work, options.models, shared), options) | environment()
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
+        shared = shared_or_exit()
+        keep_row(options.out, measure(Work(options.work, options.models, shared), options))
     print(table(kept_rows(options.out)))
 
 

@@ -13,7 +13,6 @@ here: half of their validation set is the test, the other half is what is learne
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import ROOT, environment, shared_folder
+from environment import ROOT, shared_folder
 from get_smollm2 import PROVENANCE, get_smollm2
+from result_rows import keep_row, kept_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eigenprune import perplexity
@@ -89,20 +89,6 @@ def measured(model: Any, found: list[TokenExample]) -> dict[str, Any]:
         "answers": "".join("01"[one] for one in right),
         "seconds": time.perf_counter() - began,
     }
-
-
-def kept_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows measured so far."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def keep_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, with where it comes from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(row | environment()) + "\n")
 
 
 def before(model: Any, tokenizer: Any, names: list[str], out: Path) -> None:

@@ -15,19 +15,16 @@ Rows go to a JSONL file as they are measured; rows that are there already are no
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from calibration import CurveBench
-from environment import ROOT, environment, shared_folder
 from get_smollm2 import get_smollm2
-from quality import Row, kept_rows
+from quality import Row
+from result_rows import RESULTS_FOLDER, command_line, keep_row, kept_rows, shared_or_exit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,7 +40,7 @@ from eigenprune.calibrate import (
 
 POOL, COUNT, DRAFT, KEEP = 64, 16, 4, 0.8
 SEEDS = (0, 1, 2)
-RESULTS = ROOT / "benchmarks" / "results" / "window_choice.jsonl"
+RESULTS = RESULTS_FOLDER / "window_choice.jsonl"
 KEY = ("rule", "seed")
 
 
@@ -120,27 +117,21 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def dense_perplexity() -> float:
     """That of the protocol, from the rows of `quality.py`."""
-    rows = kept_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
+    rows = kept_rows(RESULTS_FOLDER / "quality.jsonl")
     return next(row["perplexity"] for row in rows if row["method"] == "dense")
 
 
 def main() -> None:
     """Measure the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, RESULTS)
     parser.add_argument("--rules", nargs="*", default=list(CHOICES), choices=list(CHOICES))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the rows kept so far, and measure nothing")
     options = parser.parse_args()
     rows = kept_rows(options.out)
     if options.table:
         print(table(rows))
         return
-    shared = shared_folder()
-    if shared is None:
-        sys.exit("window_choice.py needs the texts of the shared folder: set EIGENPRUNE_SHARED")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    shared = shared_or_exit()
     bench = ChoiceBench(get_smollm2(options.models), shared)
     done = {tuple(row[key] for key in KEY) for row in rows}
     for rule, seed in wanted_rows():
@@ -150,9 +141,7 @@ def main() -> None:
         found |= {"rule": rule, "seed": seed, "pool": POOL, "calibration_windows": COUNT, "chosen": bench.chosen}
         found |= {"dense": dense_perplexity(), "feature_cpu_seconds": bench.feature_seconds(rule)}
         found |= {"statistics_cpu_seconds": bench.statistics_seconds}
-        with options.out.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(found | environment()) + "\n")
-        rows.append(found)
+        rows.append(keep_row(options.out, found))
         print(f"{rule} {seed}: {found['perplexity']:.3f}", file=sys.stderr)
     print(table(rows))
 
