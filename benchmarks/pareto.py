@@ -47,13 +47,17 @@ STYLES = {  # family: (colour, marker)
     "pair int8": ("#e59866", "v"),
     "pivot int4": ("#2e8b57", "o"),
     "pair int4": ("#82c99d", "v"),
+    "recovered bf16": ("#2c6fbb", "D"),
+    "recovered int8": ("#c0392b", "D"),
     "ranks and bits together": ("#8e44ad", "*"),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model: `layout` dense, pair or pivot; `bits` 0 for bfloat16; `keep` a fraction of what `budget` counts."""
+    """One model: `layout` dense, pair, pivot, or recovered: a pruned model that recovery.py has saved; `bits` 0 for
+    bfloat16; `keep` a fraction of what `budget` counts.
+    """
 
     layout: str
     bits: int | str
@@ -95,14 +99,18 @@ ROWS = (  # in the order in which they are wanted
     Row("pivot", 0, 0.3),  # the bytes of int8 at 0.6
     Row("pivot", 8, 0.9),
     Row("pivot", 0, 0.9),
+    Row("recovered", 0, 0.8),
+    Row("recovered", 8, 0.8),
+    Row("recovered", 0, 0.6),
+    Row("recovered", 8, 0.6),
 )
 
 
 class Models:
     """The dense model, and pruned ones in float32 that are kept in a folder: rows that differ in bits share them."""
 
-    def __init__(self, bench: Bench, folder: Path) -> None:
-        self.bench, self.folder = bench, folder
+    def __init__(self, bench: Bench, folder: Path, recovered: dict[float, Path]) -> None:
+        self.bench, self.folder, self.recovered = bench, folder, recovered
 
     def of(self, row: Row) -> Any:
         """The model of `row`, in its bits or in float32."""
@@ -110,7 +118,9 @@ class Models:
             model = copy.deepcopy(self.bench.model)
             return quantize_(model, int(row.bits), dense=True) if row.bits else model
         kept = self.folder / f"{row.layout}-{row.budget}-{row.keep:g}{'-auto' if row.bits == 'auto' else ''}"
-        if not kept.exists():
+        if row.layout == "recovered":
+            kept = self.recovered[row.keep]
+        elif not kept.exists():
             self._prune(row, kept)
         model = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)
         # As `prune_` does with `bits`: what the allocation left dense too.
@@ -215,7 +225,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def missing(options: argparse.Namespace, rows: Iterable[dict[str, Any]]) -> list[Row]:
     """The rows to measure: those that are not there on as many windows."""
     done = {row["name"] for row in rows if row["evaluation_windows"] == options.evaluation_windows}
-    return [row for row in ROWS if row.name not in done and re.search(options.only, row.name)]
+    possible = (row for row in ROWS if row.layout != "recovered" or row.keep in dict(options.recovered))
+    return [row for row in possible if row.name not in done and re.search(options.only, row.name)]
+
+
+def recovered_model(text: str) -> tuple[float, Path]:
+    """KEEP=FOLDER from the command line."""
+    keep, _, folder = text.partition("=")
+    return float(keep), Path(folder)
 
 
 def main() -> None:
@@ -224,6 +241,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression of row names")
     parser.add_argument(
         "--evaluation-windows", type=int, default=EVALUATION_WINDOWS, help="of 1024 tokens, spaced evenly"
+    )
+    parser.add_argument(
+        "--recovered",
+        type=recovered_model,
+        action="append",
+        default=[],
+        metavar="KEEP=FOLDER",
+        help="a model of recovery.py --save; repeat for more",
     )
     parser.add_argument("--work", type=Path, default=default_cache_dir() / "pareto-benchmark", help="pruned models")
     parser.add_argument("--picture", type=Path, help="draw the rows kept so far into this file, and measure nothing")
@@ -239,7 +264,7 @@ def main() -> None:
     models = None
     if wanted and shared is not None:
         bench = Bench(get_smollm2(options.models), shared, evaluation_windows=options.evaluation_windows)
-        models = Models(bench, options.work)
+        models = Models(bench, options.work, dict(options.recovered))
     for row in wanted if models is not None else ():
         rows.append(keep_row(options.out, measure(models, row)))
         print(
