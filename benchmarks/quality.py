@@ -99,6 +99,7 @@ class Bench:
         text = read_texts([shared / "data/wikitext2/test_raw.txt.gz"])[0]
         self.windows = spaced_windows(torch.tensor(token_ids(self.tokenizer, text)), WINDOW, evaluation_windows)
         self._group: tuple[str, str] | None = None
+        self._components_of_others = set(default_cache_dir().glob("components-*"))
 
     def dense(self) -> dict[str, Any]:
         """Perplexity of the dense model."""
@@ -134,8 +135,8 @@ class Bench:
         return {"windows": self.calibration_windows(calibration)}
 
     def _forget_components(self) -> None:
-        """Those of a method take twice the bytes of its layers."""
-        for folder in default_cache_dir().glob("components-*"):
+        """Of this run: those of a method take twice the bytes of its layers."""
+        for folder in set(default_cache_dir().glob("components-*")) - self._components_of_others:
             shutil.rmtree(folder)
 
     def calibration_windows(self, calibration: str) -> Tensor:

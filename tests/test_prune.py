@@ -17,25 +17,10 @@ from eigenprune.calibrate import collect_statistics
 from eigenprune.errors import BudgetError, CalibrationError, ConfigError, EigenpruneError, WeightError
 from eigenprune.layers import LowRankLinear, factored_parameters, low_rank_layers, select_layers
 from tests.helpers.compare import state_hashes, tied_groups
+from tests.helpers.pruned import picture, pruned_by
 from tests.helpers.tiny_models import logits, saved_dense, tiny_model, tiny_tokenizer, token_windows
 
 factor = importlib.import_module("eigenprune.prune.factor")
-
-
-def _prune(model: nn.Module, **settings: Any) -> PruneReport:
-    config = EigenpruneConfig(**{"keep": 0.6} | settings)
-    return prune_(model, config, windows=token_windows(), progress=False)
-
-
-def _picture(model: nn.Module) -> tuple[Any, ...]:
-    """All that a refused call must leave alone: tensors, classes, gradient flags, modes, config."""
-    return (
-        state_hashes(model),
-        [(name, type(module), module.training) for name, module in model.named_modules()],
-        [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
-        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
-        model.config.to_dict(),
-    )
 
 
 def _set(name: str, value: float) -> Callable[[nn.Module], None]:
@@ -105,19 +90,19 @@ def test_bad_input_is_a_typed_error_and_the_model_stays_as_it_was(case: str) -> 
     if damage is not None:
         damage(model)
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
-    before = None if meta else _picture(model)
+    before = None if meta else picture(model)
     with pytest.raises(error, match=words):
         prune_(model, EigenpruneConfig(**{"keep": 0.6} | settings), progress=False, **arguments)
     assert low_rank_layers(model) == {}
-    assert meta or _picture(model) == before
+    assert meta or picture(model) == before
 
 
 def test_pruned_model_is_not_pruned_again_and_stays_as_it_was() -> None:
     model = tiny_model("llama")
-    _prune(model)
+    pruned_by(model)
     before = state_hashes(model)
     with pytest.raises(ConfigError, match="pruned already"):
-        _prune(model)
+        pruned_by(model)
     assert state_hashes(model) == before
 
 
@@ -125,10 +110,10 @@ def test_statistics_of_another_model_are_refused() -> None:
     other = tiny_model("gpt2")
     statistics = collect_statistics(other, token_windows(), select_layers(other).chosen, progress=False)
     model = tiny_model("llama")
-    before = _picture(model)
+    before = picture(model)
     with pytest.raises(EigenpruneError):
         prune_(model, EigenpruneConfig(keep=0.6), statistics=statistics, progress=False)
-    assert _picture(model) == before
+    assert picture(model) == before
 
 
 def test_prune_on_load_without_a_tokenizer_is_a_typed_error(tmp_path: Path) -> None:
@@ -161,7 +146,7 @@ def test_failure_while_factoring_gives_every_dense_layer_back(
     failing: int, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("gpt2").train()
-    before, output = _picture(model), logits(model.eval())
+    before, output = picture(model), logits(model.eval())
     model.train()
     real, done = factor.layer_of_factors, []
 
@@ -173,9 +158,9 @@ def test_failure_while_factoring_gives_every_dense_layer_back(
 
     monkeypatch.setattr(factor, "layer_of_factors", flaky)
     with pytest.raises(type(error)):
-        _prune(model, allocation="uniform")
+        pruned_by(model, allocation="uniform")
     assert len(done) == failing + 1  # it did get that far
-    assert _picture(model) == before
+    assert picture(model) == before
     assert torch.equal(logits(model.eval()), output)
 
 
@@ -212,7 +197,7 @@ def test_report_equals_a_fresh_count(kind: str, layout: str) -> None:
     model = tiny_model(kind)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tied = tied_groups(model)
-    report = _prune(model, layout=layout)
+    report = pruned_by(model, layout=layout)
     assert len(low_rank_layers(model)) >= 3
     assert report.model_parameters[0] == parameters
     _rebuilt(model, report)
@@ -225,7 +210,7 @@ def test_report_equals_a_fresh_count(kind: str, layout: str) -> None:
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.8, 0.9])
 def test_budget_is_met_and_no_smaller_upgrade_was_left_over(keep: float, allocation: str, layout: str) -> None:
     model = tiny_model("llama")
-    report = _prune(model, keep=keep, allocation=allocation, layout=layout)
+    report = pruned_by(model, keep=keep, allocation=allocation, layout=layout)
     chosen = [layer for layer in report.layers if layer.loss is not None]
     budget = keep * sum(layer.dense_parameters for layer in chosen)
     spent = sum(layer.parameters for layer in chosen)
@@ -247,7 +232,7 @@ def _next_cost(shape: tuple[int, int], parameters: int, layout: str) -> int:
 def test_budget_is_met_to_a_thousandth_where_multiples_allow() -> None:
     model = tiny_model("llama")
     for keep in (0.4, 0.55, 0.7, 0.85):
-        report = _prune(model, keep=keep, rank_multiple=1)
+        report = pruned_by(model, keep=keep, rank_multiple=1)
         assert keep - 0.001 <= report.keep <= keep
         to_dense_(model)
 
@@ -255,7 +240,7 @@ def test_budget_is_met_to_a_thousandth_where_multiples_allow() -> None:
 def test_keep_one_leaves_every_layer_dense() -> None:
     model = tiny_model("llama")
     before = state_hashes(model)
-    report = _prune(model, keep=1.0)
+    report = pruned_by(model, keep=1.0)
     assert report.keep == 1.0
     assert low_rank_layers(model) == {}
     assert state_hashes(model) == before
@@ -266,7 +251,7 @@ def test_smaller_budget_costs_more_estimated_loss_and_more_real_change() -> None
     for keep in (0.9, 0.6, 0.3):
         model = tiny_model("qwen2")
         output = logits(model)
-        losses.append(_prune(model, keep=keep).loss)
+        losses.append(pruned_by(model, keep=keep).loss)
         changes.append(float((logits(model) - output).norm()))
     assert losses == sorted(losses)
     assert changes == sorted(changes)
@@ -274,14 +259,14 @@ def test_smaller_budget_costs_more_estimated_loss_and_more_real_change() -> None
 
 def test_tied_embeddings_are_skipped_and_reported() -> None:
     model = tiny_model("llama")
-    reasons = {layer.name: layer.reason for layer in _prune(model).layers}
+    reasons = {layer.name: layer.reason for layer in pruned_by(model).layers}
     assert "tied" in reasons["lm_head"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_skip_patterns_leave_layers_dense_and_out_of_the_budget() -> None:
     model = tiny_model("llama")
-    report = _prune(model, skip=[r"layers\.0\.", "o_proj$"])
+    report = pruned_by(model, skip=[r"layers\.0\.", "o_proj$"])
     assert not [name for name in low_rank_layers(model) if ".0." in name or name.endswith("o_proj")]
     reasons = {layer.name: (layer.reason, layer.loss) for layer in report.layers}
     assert reasons["model.layers.0.mlp.up_proj"] == ("asked to skip", None)
@@ -313,7 +298,7 @@ def test_layer_under_two_names_stays_one_layer() -> None:
 
 def test_shared_block_of_albert_is_pruned_once_and_used_everywhere() -> None:
     model = tiny_model("albert")
-    _prune(model, allocation="uniform")
+    pruned_by(model, allocation="uniform")
     names = list(low_rank_layers(model))
     assert any("albert_layer_groups.0" in name for name in names)
     assert len(names) == len(set(map(id, low_rank_layers(model).values())))
@@ -321,7 +306,7 @@ def test_shared_block_of_albert_is_pruned_once_and_used_everywhere() -> None:
 
 def test_both_halves_of_an_encoder_decoder_are_pruned() -> None:
     model = tiny_model("t5")
-    _prune(model, allocation="uniform")
+    pruned_by(model, allocation="uniform")
     names = list(low_rank_layers(model))
     assert any(name.startswith("encoder.") for name in names)
     assert any("EncDecAttention" in name for name in names)
@@ -330,7 +315,7 @@ def test_both_halves_of_an_encoder_decoder_are_pruned() -> None:
 def test_pruned_conv1d_reads_its_weight_the_way_gpt2_stores_it() -> None:
     model = tiny_model("gpt2")
     shape = tuple(model.transformer.h[0].mlp.c_fc.weight.shape)
-    _prune(model, allocation="uniform")
+    pruned_by(model, allocation="uniform")
     layer = model.transformer.h[0].mlp.c_fc
     assert isinstance(layer, LowRankLinear)
     assert tuple(layer.weight.shape) == shape
@@ -340,7 +325,7 @@ def test_gradient_flags_and_mode_follow_the_dense_layers() -> None:
     model = tiny_model("llama").train()
     for parameter in model.model.layers[0].parameters():
         parameter.requires_grad_(False)
-    _prune(model, allocation="uniform")
+    pruned_by(model, allocation="uniform")
     flags = {name: {p.requires_grad for p in layer.parameters()} for name, layer in low_rank_layers(model).items()}
     assert {name: flag == {".1." in name} for name, flag in flags.items()} == dict.fromkeys(flags, True)
     assert all(module.training for module in model.modules())
@@ -350,6 +335,6 @@ def test_same_input_gives_bit_equal_models() -> None:
     states = []
     for _ in range(2):
         model = tiny_model("qwen2")
-        _prune(model)
+        pruned_by(model)
         states.append(state_hashes(model))
     assert states[0] == states[1]

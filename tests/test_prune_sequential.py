@@ -2,39 +2,22 @@
 """`prune_` with methods that factor block by block."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from eigenprune import EigenpruneConfig, PruneReport, prune_
+from eigenprune import EigenpruneConfig, prune_
 from eigenprune.layers import low_rank_layers
-from tests.helpers.compare import state_hashes
+from tests.helpers.pruned import picture, pruned_by
 from tests.helpers.tiny_models import logits, tiny_model, token_windows
-
-
-def _prune(model: nn.Module, **settings: Any) -> PruneReport:
-    config = EigenpruneConfig(**{"keep": 0.6} | settings)
-    return prune_(model, config, windows=token_windows(), progress=False)
-
-
-def _picture(model: nn.Module) -> tuple[Any, ...]:
-    """All that a refused call must leave alone: tensors, classes, gradient flags, modes, config."""
-    return (
-        state_hashes(model),
-        [(name, type(module), module.training) for name, module in model.named_modules()],
-        [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
-        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
-        model.config.to_dict(),
-    )
 
 
 @pytest.mark.parametrize("method", ["kfac-seq", "kfac-probe-seq"])
 def test_sequential_method_factors_for_the_pruned_prefix_and_saves_as_any_other(method: str, tmp_path: Path) -> None:
     plain, sequential = tiny_model("llama"), tiny_model("llama")
-    report = _prune(plain, method="kfac")
+    report = pruned_by(plain, method="kfac")
     other = prune_(
         sequential,
         EigenpruneConfig(keep=0.6, method=method),
@@ -57,7 +40,7 @@ def test_sequential_method_factors_for_the_pruned_prefix_and_saves_as_any_other(
 @pytest.mark.parametrize("restore", [True, False])
 def test_interrupted_sequential_run_gives_the_dense_layers_back(tmp_path: Path, restore: bool) -> None:
     model = tiny_model("llama")
-    before = _picture(model)
+    before = picture(model)
 
     def stop(_module: nn.Module, _args: tuple[Tensor, ...]) -> None:
         if len(low_rank_layers(model)) >= 4:
@@ -75,4 +58,4 @@ def test_interrupted_sequential_run_gives_the_dense_layers_back(tmp_path: Path, 
         )
     handle.remove()
     assert list(tmp_path.rglob("factors-*/*.safetensors"))
-    assert (_picture(model) == before) == restore
+    assert (picture(model) == before) == restore
