@@ -8,15 +8,14 @@ namespace eigenprune {
 namespace {
 
 constexpr int64_t kMaxPairRows = 1024;  // above, torch's bfloat16 products are quicker than panels; its others never
-constexpr int64_t kMaxRowsBesideAmx = 4;  // above, torch's bfloat16 products on AMX tiles are quicker than dots
+constexpr int64_t kMaxRowsBesideTiles = 4;
 
 }  // namespace
 
 LinearPath linear_path(Element element, int64_t rows, int64_t in, int64_t rank) {
   const CpuLevel level = cpu_level();
   if (element == Element::kOther || level < CpuLevel::kAvx2) return LinearPath::kTorch;
-  const bool has_tiles = element == Element::kBFloat16 && level >= CpuLevel::kAvx512Bf16 && has_amx_bf16();
-  if (has_tiles && rows > kMaxRowsBesideAmx) return LinearPath::kTorch;
+  if (element == Element::kBFloat16 && level >= CpuLevel::kAmx && rows > kMaxRowsBesideTiles) return LinearPath::kTiles;
   if (rows <= kMaxDotRows) return LinearPath::kDots;
   if (level < CpuLevel::kAvx512) return LinearPath::kTorch;
   if (element != Element::kBFloat16 || level < CpuLevel::kAvx512Bf16) return LinearPath::kPanels;
@@ -28,6 +27,7 @@ const char* linear_path_name(LinearPath path) {
   switch (path) {
     case LinearPath::kDots: return "dots";
     case LinearPath::kPanels: return "panels";
+    case LinearPath::kTiles: return "tiles";
     default: return "torch";
   }
 }
