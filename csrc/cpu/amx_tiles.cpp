@@ -134,33 +134,42 @@ inline void store_tiles(float (*sums)[kTileRows][kTileVectors]) {
   if constexpr (kTile + 1 < kCount) store_tiles<kCount, kTile + 1>(sums);
 }
 
-// Two rows of sums to one line of a tile, with their bias where there is one; the rows past `rows` are zeros.
-inline void round_line(const float (*sums)[kTileVectors], int row, int rows, const uint16_t* bias, uint16_t* line) {
-  __m512 pair[2];
-  for (int i = 0; i < 2; ++i) {
-    if (row + i >= rows) {
-      pair[i] = _mm512_setzero_ps();
-      continue;
-    }
-    pair[i] = _mm512_load_ps(sums[row + i]);
-    if (bias == nullptr) continue;
-    const int bits = bias[row + i] << 16;
-    pair[i] = _mm512_add_ps(pair[i], _mm512_castsi512_ps(_mm512_set1_epi32(bits)));
-  }
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(pair[1], pair[0]);  // sixteen of the first row, then of the second
-  const __m512i in_turns = _mm512_add_epi32(
-      _mm512_set1_epi32(0x00100000), _mm512_mullo_epi32(
-          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(0x00010001)));
+// Two rows of sixteen sums to one line of a tile.
+inline void round_line(__m512 first, __m512 second, uint16_t* line) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);  // sixteen of the first row, then of the second
+  const __m512i in_turns = _mm512_setr_epi32(
+      0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+      0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
   _mm512_store_si512(line, _mm512_permutexvar_epi16(in_turns, both));
 }
 
-// The sums of up to 32 rows of the weight, from two tiles of which the second follows `gap` tiles after the first.
-inline void round_sums(
-    const float (*sums)[kTileRows][kTileVectors], int gap, int rows, const uint16_t* bias, PackedTile& tile) {
+using Sums = float[kTileRows][kTileVectors];
+
+// The sums of 32 rows of the weight. Without a branch: the processor does it while it multiplies the next tiles.
+inline void round_full_tile(const Sums& upper, const Sums& lower, PackedTile& tile) {
+#pragma GCC unroll 8
+  for (int line = 0; line < 8; ++line) {
+    round_line(_mm512_load_ps(upper[2 * line]), _mm512_load_ps(upper[2 * line + 1]), tile.values[line][0]);
+  }
+#pragma GCC unroll 8
+  for (int line = 0; line < 8; ++line) {
+    round_line(_mm512_load_ps(lower[2 * line]), _mm512_load_ps(lower[2 * line + 1]), tile.values[8 + line][0]);
+  }
+}
+
+// Of `rows` rows, and zeros for the others, with their bias where there is one.
+inline void round_tile(const Sums& upper, const Sums& lower, int rows, const uint16_t* bias, PackedTile& tile) {
   for (int line = 0; line < 16; ++line) {
-    const int half = rows > kTileRows ? line / 8 : 0;  // sixteen rows at most: there may be no second tile
-    const uint16_t* half_bias = bias == nullptr ? nullptr : bias + half * kTileRows;
-    round_line(sums[half * gap], line * 2 - half * kTileRows, rows - half * kTileRows, half_bias, tile.values[line][0]);
+    __m512 pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const int row = 2 * line + i;
+      pair[i] = _mm512_setzero_ps();
+      if (row >= rows) continue;
+      pair[i] = _mm512_load_ps(row < kTileRows ? upper[row] : lower[row - kTileRows]);
+      if (bias == nullptr) continue;
+      pair[i] = _mm512_add_ps(pair[i], _mm512_castsi512_ps(_mm512_set1_epi32(bias[row] << 16)));
+    }
+    round_line(pair[0], pair[1], tile.values[line][0]);
   }
 }
 
@@ -175,10 +184,11 @@ inline void multiply_blocks(
   const PackedTile* vectors = x.first + block * x.stride;
   setup.use<kTall, kWide>(rows - (kTall - 1) * kTileRows);
   clear_tiles<kTall * kWide>();
+  const int64_t x_stride = x.stride;  // the compiler would read it again at every step
   for (int64_t step = 0; step < steps; ++step) {
-    multiply_step<kTall, kWide>(weight + step * kTileElements, k * 2, vectors + step, x.stride);
+    multiply_step<kTall, kWide>(weight + step * kTileElements, k * 2, vectors + step, x_stride);
   }
-  if (k % kTileElements != 0) multiply_step<kTall, kWide>(panel.rest[row], kRowBytes, vectors + steps, x.stride);
+  if (k % kTileElements != 0) multiply_step<kTall, kWide>(panel.rest[row], kRowBytes, vectors + steps, x_stride);
   alignas(64) float sums[kTall * kWide][kTileRows][kTileVectors];
   store_tiles<kTall * kWide>(sums);
   const PanelTarget* const goals[] = {&target, &second_target};
@@ -189,7 +199,14 @@ inline void multiply_blocks(
         const int64_t here = row + tall * kTileRows;
         PackedTile& tile = goal->tiles.first[(block + wide) * goal->tiles.stride + here / kTileElements];
         const uint16_t* bias = goal->bias == nullptr ? nullptr : goal->bias + here;
-        round_sums(&sums[tall * kWide + wide], kWide, rows - tall * kTileRows, bias, tile);
+        const Sums& upper = sums[tall * kWide + wide];
+        const Sums& lower = tall + 1 < kTall ? sums[(tall + 1) * kWide + wide] : upper;  // not looked at where not there
+        const int rows_here = rows - tall * kTileRows;
+        if (bias == nullptr && rows_here >= 2 * kTileRows) {
+          round_full_tile(upper, lower, tile);
+        } else {
+          round_tile(upper, lower, rows_here, bias, tile);
+        }
       }
     }
   }
@@ -233,9 +250,9 @@ void multiply_panel(
   if (given.rows == 0) return;  // there is no tile without rows
   const PaddedPanel panel(given);
   TileSetup setup;
-  int64_t block = 0;
-  for (; block + 2 <= blocks; block += 2) {  // 2 x 2 tiles: every tile that is loaded is used twice
-    for (int64_t row = 0; row < given.rows; row += 2 * kTileRows) {
+  const int64_t paired = blocks / 2 * 2;  // 2 x 2 tiles: every tile that is loaded is used twice
+  for (int64_t row = 0; row < given.rows; row += 2 * kTileRows) {
+    for (int64_t block = 0; block < paired; block += 2) {
       if (given.rows - row > kTileRows) {
         multiply_blocks<2, 2>(setup, panel, row, x, block, target, second_target);
       } else {
@@ -243,12 +260,12 @@ void multiply_panel(
       }
     }
   }
-  if (block == blocks) return;
+  if (paired == blocks) return;
   switch ((given.rows + kTileRows - 1) / kTileRows) {  // four sums at a time: with fewer, each product waits for the last
-    case 4: return multiply_blocks<4, 1>(setup, panel, 0, x, block, target, second_target);
-    case 3: return multiply_blocks<3, 1>(setup, panel, 0, x, block, target, second_target);
-    case 2: return multiply_blocks<2, 1>(setup, panel, 0, x, block, target, second_target);
-    default: return multiply_blocks<1, 1>(setup, panel, 0, x, block, target, second_target);
+    case 4: return multiply_blocks<4, 1>(setup, panel, 0, x, paired, target, second_target);
+    case 3: return multiply_blocks<3, 1>(setup, panel, 0, x, paired, target, second_target);
+    case 2: return multiply_blocks<2, 1>(setup, panel, 0, x, paired, target, second_target);
+    default: return multiply_blocks<1, 1>(setup, panel, 0, x, paired, target, second_target);
   }
 }
 

@@ -8,7 +8,7 @@ namespace eigenprune {
 namespace {
 
 constexpr int64_t kMaxPairRows = 1024;  // above, torch's bfloat16 products are quicker than panels; its others never
-constexpr int64_t kMaxRowsBesideTiles = 4;
+constexpr int64_t kMaxRowsBesideTiles = 1;
 
 }  // namespace
 

@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kChunkBytes = 1 << 20;   // of packed vectors, half a level-2 cache
 constexpr int64_t kSerialBytes = 1 << 16;  // of weights and x; below, waking a thread costs more than it brings
+constexpr int64_t kAloneRows = 128;        // with as many for each thread, none shares its rows with another, nor waits
+constexpr int64_t kPieceRows = 256;        // of them at a time: weights come from memory once a piece
 constexpr int64_t kUnitsPerThread = 8;     // so that the last to finish is not far behind
 constexpr int64_t kMinUnitBlocks = 4;      // with fewer, a panel of the weight is used too seldom after it was read
 constexpr int64_t kPackElements = 1024;    // of sixteen vectors, packed at a time
@@ -51,15 +53,14 @@ struct Step {
 
 class TileLinear {
  public:
-  TileLinear(const uint16_t* x, int64_t rows, int64_t in, const std::vector<FactoredLayer>& layers)
-      : x_(x), rows_(rows), in_(in) {
-    int64_t longest = in, z_tiles = 0, bytes = rows * in * 2;
+  TileLinear(
+      const uint16_t* x, int64_t rows, int64_t in, const std::vector<FactoredLayer>& layers, int64_t threads)
+      : x_(x), rows_(rows), in_(in), threads_(threads) {
+    int64_t longest = in, z_tiles = 0;
     for (const FactoredLayer& layer : layers) {
       longest = std::max(longest, layer.rank);
       z_tiles += tiles_for(layer.rank) * (layer.pivots != nullptr && layer.bias != nullptr ? 2 : 1);
-      bytes += layer.rank * (in + layer.left_rows()) * 2;
     }
-    threads_ = bytes < kSerialBytes ? 1 : torch::stable::get_num_threads();
     const int64_t blocks = divide_up(rows, kTileVectors);
     const int64_t block_bytes = std::max<int64_t>(1, tiles_for(longest)) * sizeof(PackedTile);
     const int64_t most = std::max<int64_t>(2, kChunkBytes / block_bytes / 2 * 2);
@@ -264,17 +265,40 @@ class TileLinear {
   }
 
   const uint16_t* x_;
-  const int64_t rows_, in_;
-  int64_t threads_, chunk_;               // blocks
+  const int64_t rows_, in_, threads_;
+  int64_t chunk_;                         // blocks
   std::unique_ptr<PackedTile[]> packed_;  // x, then z of every layer
   std::vector<TileLayer> layers_;
   std::vector<Step> steps_;
 };
 
+int64_t useful_threads(int64_t rows, int64_t in, const std::vector<FactoredLayer>& layers) {
+  int64_t bytes = rows * in * 2;
+  for (const FactoredLayer& layer : layers) bytes += layer.rank * (in + layer.left_rows()) * 2;
+  return bytes < kSerialBytes ? 1 : torch::stable::get_num_threads();
+}
+
+std::vector<FactoredLayer> from_row(std::vector<FactoredLayer> layers, int64_t row) {
+  for (FactoredLayer& layer : layers) layer.y = static_cast<uint16_t*>(layer.y) + row * layer.out;
+  return layers;
+}
+
 }  // namespace
 
-void tile_linear(const void* x, int64_t rows, int64_t in, const std::vector<FactoredLayer>& layers) {
-  if (rows > 0) TileLinear(static_cast<const uint16_t*>(x), rows, in, layers).run();
+void tile_linear(const void* x_data, int64_t rows, int64_t in, const std::vector<FactoredLayer>& layers) {
+  if (rows == 0) return;
+  const auto* x = static_cast<const uint16_t*>(x_data);
+  const int64_t threads = useful_threads(rows, in, layers);
+  if (threads == 1 || rows < threads * kAloneRows) return TileLinear(x, rows, in, layers, threads).run();
+  const int64_t pieces = threads * divide_up(rows, threads * kPieceRows);
+  const int64_t step = divide_up(divide_up(rows, pieces), 2 * kTileVectors) * 2 * kTileVectors;
+  Ticket ticket(divide_up(rows, step));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    ticket.work_off([&](int64_t i) {
+      const int64_t first = i * step;
+      TileLinear(x + first * in, std::min(step, rows - first), in, from_row(layers, first), 1).run();
+    });
+  });
 }
 #else
 void tile_linear(const void*, int64_t, int64_t, const std::vector<FactoredLayer>&) {}  // no level asks for it
