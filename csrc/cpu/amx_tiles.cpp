@@ -236,6 +236,7 @@ void pack_vectors(const uint16_t* x, int64_t vectors, int64_t stride, int64_t co
     for (int64_t v = 0; v < 16; ++v) {
       lines[v] = _mm512_setzero_si512();
       if (v < vectors) lines[v] = _mm512_maskz_loadu_epi16(lanes, x + v * stride + i);
+      if (v < vectors) __builtin_prefetch(x + v * stride + i + 8 * kTileElements);
     }
     transpose(lines);
 #pragma GCC unroll 16

@@ -145,7 +145,7 @@ class TileLinear {
 
   // Panels of the weight times ranges of blocks. `one_at_least`: even where the weight has no row.
   void cut(std::vector<Unit>& units, size_t layer, int64_t weight_rows, int64_t blocks, bool one_at_least) const {
-    const int64_t enough = kUnitsPerThread * threads_;
+    const int64_t enough = threads_ == 1 ? 1 : kUnitsPerThread * threads_;
     int64_t panel = kPanelRows, step = blocks;
     if (divide_up(weight_rows, panel) < enough / 4) panel /= 2;
     while (divide_up(weight_rows, panel) * divide_up(blocks, step) < enough && step > kMinUnitBlocks) {
