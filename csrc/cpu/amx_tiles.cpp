@@ -21,6 +21,8 @@ namespace {
 constexpr int kTileRows = 16;
 constexpr int kRowBytes = 64;
 
+using Sums = float[kTileRows][kTileVectors];  // of a tile
+
 // The instructions themselves, not the intrinsics: those of GCC take no template parameter for a tile's number, and do
 // not tell the compiler that memory is read.
 template <int kTile>
@@ -129,7 +131,7 @@ inline void clear_tiles() {
 }
 
 template <int kCount, int kTile = 0>
-inline void store_tiles(float (*sums)[kTileRows][kTileVectors]) {
+inline void store_tiles(Sums* sums) {
   store_tile<kTile>(sums[kTile][0]);
   if constexpr (kTile + 1 < kCount) store_tiles<kCount, kTile + 1>(sums);
 }
@@ -143,19 +145,44 @@ inline void round_line(__m512 first, __m512 second, uint16_t* line) {
   _mm512_store_si512(line, _mm512_permutexvar_epi16(in_turns, both));
 }
 
-using Sums = float[kTileRows][kTileVectors];
+// The sums of 2 x 2 tiles that are full and get no bias, to be rounded a few lines at a time between the products of the
+// tiles that come next: the processor does both at once.
+class LateRounding {
+ public:
+  // Room for the next sums; those before must be rounded.
+  Sums* room() { return sums_[which_ ^= 1]; }
 
-// The sums of 32 rows of the weight. Without a branch: the processor does it while it multiplies the next tiles.
-inline void round_full_tile(const Sums& upper, const Sums& lower, PackedTile& tile) {
-#pragma GCC unroll 8
-  for (int line = 0; line < 8; ++line) {
-    round_line(_mm512_load_ps(upper[2 * line]), _mm512_load_ps(upper[2 * line + 1]), tile.values[line][0]);
+  // What is in the room goes to these tiles, one a block.
+  void start(PackedTile& first, PackedTile& second) {
+    tiles_[0] = &first;
+    tiles_[1] = &second;
+    line_ = 0;
   }
-#pragma GCC unroll 8
-  for (int line = 0; line < 8; ++line) {
-    round_line(_mm512_load_ps(lower[2 * line]), _mm512_load_ps(lower[2 * line + 1]), tile.values[8 + line][0]);
+
+  void round_some() {
+    if (line_ == kLines) return;
+    const Sums* sums = sums_[which_] + line_ / 16;  // upper rows of both blocks, then lower ones
+    uint16_t* lines = tiles_[line_ / 16]->values[line_ % 16][0];
+    const float* rows = sums[line_ % 16 / 8 * 2][line_ % 8 * 2];
+#pragma GCC unroll 4
+    for (int i = 0; i < kAtATime; ++i) {
+      const float* pair = rows + i * 2 * kTileVectors;
+      round_line(_mm512_load_ps(pair), _mm512_load_ps(pair + kTileVectors), lines + i * 2 * kTileVectors);
+    }
+    line_ += kAtATime;
   }
-}
+
+  void finish() {
+    while (line_ < kLines) round_some();
+  }
+
+ private:
+  static constexpr int kLines = 32, kAtATime = 4;
+
+  alignas(64) Sums sums_[2][4];
+  PackedTile* tiles_[2];
+  int which_ = 0, line_ = kLines;
+};
 
 // Of `rows` rows, and zeros for the others, with their bias where there is one.
 inline void round_tile(const Sums& upper, const Sums& lower, int rows, const uint16_t* bias, PackedTile& tile) {
@@ -173,43 +200,60 @@ inline void round_tile(const Sums& upper, const Sums& lower, int rows, const uin
   }
 }
 
-// kTall tiles of rows from `row` on times kWide blocks, to both targets.
+// What a call of multiply_panel works with.
+struct PanelWork {
+  const PaddedPanel panel;
+  const PackedVectors& x;
+  const PanelTarget& target;
+  const PanelTarget& second_target;
+  TileSetup setup;
+  LateRounding late;
+};
+
+inline PackedTile& target_tile(const PanelTarget& target, int64_t row, int64_t block) {
+  return target.tiles.first[block * target.tiles.stride + row / kTileElements];
+}
+
+// The sums of `rows` rows from `row` on, rounded at once.
 template <int kTall, int kWide>
-inline void multiply_blocks(
-    TileSetup& setup, const PaddedPanel& panel, int64_t row, const PackedVectors& x, int64_t block,
-    const PanelTarget& target, const PanelTarget& second_target) {
-  const int64_t k = panel.given.k, steps = k / kTileElements;
-  const int rows = static_cast<int>(panel.given.rows - row < kTall * kTileRows ? panel.given.rows - row : kTall * kTileRows);
-  const uint16_t* weight = panel.given.data + row * k;
-  const PackedTile* vectors = x.first + block * x.stride;
-  setup.use<kTall, kWide>(rows - (kTall - 1) * kTileRows);
-  clear_tiles<kTall * kWide>();
-  const int64_t x_stride = x.stride;  // the compiler would read it again at every step
-  for (int64_t step = 0; step < steps; ++step) {
-    multiply_step<kTall, kWide>(weight + step * kTileElements, k * 2, vectors + step, x_stride);
-  }
-  if (k % kTileElements != 0) multiply_step<kTall, kWide>(panel.rest[row], kRowBytes, vectors + steps, x_stride);
-  alignas(64) float sums[kTall * kWide][kTileRows][kTileVectors];
-  store_tiles<kTall * kWide>(sums);
-  const PanelTarget* const goals[] = {&target, &second_target};
-  for (const PanelTarget* goal : goals) {
-    if (goal->tiles.first == nullptr) continue;
-    for (int wide = 0; wide < kWide; ++wide) {
-      for (int tall = 0; tall < kTall; tall += 2) {
-        const int64_t here = row + tall * kTileRows;
-        PackedTile& tile = goal->tiles.first[(block + wide) * goal->tiles.stride + here / kTileElements];
-        const uint16_t* bias = goal->bias == nullptr ? nullptr : goal->bias + here;
-        const Sums& upper = sums[tall * kWide + wide];
-        const Sums& lower = tall + 1 < kTall ? sums[(tall + 1) * kWide + wide] : upper;  // not looked at where not there
-        const int rows_here = rows - tall * kTileRows;
-        if (bias == nullptr && rows_here >= 2 * kTileRows) {
-          round_full_tile(upper, lower, tile);
-        } else {
-          round_tile(upper, lower, rows_here, bias, tile);
-        }
-      }
+inline void round_sums(const Sums* sums, const PanelTarget& target, int64_t row, int rows, int64_t block) {
+  if (target.tiles.first == nullptr) return;
+  for (int wide = 0; wide < kWide; ++wide) {
+    for (int tall = 0; tall < kTall; tall += 2) {
+      const int64_t here = row + tall * kTileRows;
+      const uint16_t* bias = target.bias == nullptr ? nullptr : target.bias + here;
+      const Sums& upper = sums[tall * kWide + wide];
+      const Sums& lower = tall + 1 < kTall ? sums[(tall + 1) * kWide + wide] : upper;  // not looked at where not there
+      round_tile(upper, lower, rows - tall * kTileRows, bias, target_tile(target, here, block + wide));
     }
   }
+}
+
+// kTall tiles of rows from `row` on times kWide blocks, to both targets.
+template <int kTall, int kWide>
+inline void multiply_blocks(PanelWork& work, int64_t row, int64_t block) {
+  const WeightPanel& given = work.panel.given;
+  const int64_t k = given.k, steps = k / kTileElements, x_stride = work.x.stride;
+  const int rows = static_cast<int>(given.rows - row < kTall * kTileRows ? given.rows - row : kTall * kTileRows);
+  const uint16_t* weight = given.data + row * k;
+  const PackedTile* vectors = work.x.first + block * x_stride;
+  work.setup.use<kTall, kWide>(rows - (kTall - 1) * kTileRows);
+  clear_tiles<kTall * kWide>();
+  for (int64_t step = 0; step < steps; ++step) {
+    multiply_step<kTall, kWide>(weight + step * kTileElements, k * 2, vectors + step, x_stride);
+    work.late.round_some();
+  }
+  if (k % kTileElements != 0) multiply_step<kTall, kWide>(work.panel.rest[row], kRowBytes, vectors + steps, x_stride);
+  work.late.finish();
+  Sums* sums = work.late.room();
+  store_tiles<kTall * kWide>(sums);
+  if constexpr (kTall == 2 && kWide == 2) {
+    if (rows == 2 * kTileRows && work.target.bias == nullptr && work.second_target.tiles.first == nullptr) {
+      return work.late.start(target_tile(work.target, row, block), target_tile(work.target, row, block + 1));
+    }
+  }
+  round_sums<kTall, kWide>(sums, work.target, row, rows, block);
+  round_sums<kTall, kWide>(sums, work.second_target, row, rows, block);
 }
 
 inline __mmask32 first_lanes(int64_t count) {
@@ -249,24 +293,24 @@ void multiply_panel(
     const WeightPanel& given, const PackedVectors& x, int64_t blocks, const PanelTarget& target,
     const PanelTarget& second_target) {
   if (given.rows == 0) return;  // there is no tile without rows
-  const PaddedPanel panel(given);
-  TileSetup setup;
+  PanelWork work{PaddedPanel(given), x, target, second_target, {}, {}};
   const int64_t paired = blocks / 2 * 2;  // 2 x 2 tiles: every tile that is loaded is used twice
   for (int64_t row = 0; row < given.rows; row += 2 * kTileRows) {
     for (int64_t block = 0; block < paired; block += 2) {
       if (given.rows - row > kTileRows) {
-        multiply_blocks<2, 2>(setup, panel, row, x, block, target, second_target);
+        multiply_blocks<2, 2>(work, row, block);
       } else {
-        multiply_blocks<1, 2>(setup, panel, row, x, block, target, second_target);
+        multiply_blocks<1, 2>(work, row, block);
       }
     }
   }
+  work.late.finish();
   if (paired == blocks) return;
   switch ((given.rows + kTileRows - 1) / kTileRows) {  // four sums at a time: with fewer, each product waits for the last
-    case 4: return multiply_blocks<4, 1>(setup, panel, 0, x, paired, target, second_target);
-    case 3: return multiply_blocks<3, 1>(setup, panel, 0, x, paired, target, second_target);
-    case 2: return multiply_blocks<2, 1>(setup, panel, 0, x, paired, target, second_target);
-    default: return multiply_blocks<1, 1>(setup, panel, 0, x, paired, target, second_target);
+    case 4: return multiply_blocks<4, 1>(work, 0, paired);
+    case 3: return multiply_blocks<3, 1>(work, 0, paired);
+    case 2: return multiply_blocks<2, 1>(work, 0, paired);
+    default: return multiply_blocks<1, 1>(work, 0, paired);
   }
 }
 
