@@ -149,6 +149,8 @@ inline void round_line(__m512 first, __m512 second, uint16_t* line) {
 // tiles that come next: the processor does both at once.
 class LateRounding {
  public:
+  LateRounding() {}  // not `= default`, with which `{}` would clear the sums, eight kilobytes a panel
+
   // Room for the next sums; those before must be rounded.
   Sums* room() { return sums_[which_ ^= 1]; }
 

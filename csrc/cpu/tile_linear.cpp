@@ -209,12 +209,24 @@ class TileLinear {
     const PackedVectors products{tiles, kPanelRows / kTileElements};
     for (int64_t block = unit.block_begin; block < unit.block_end; block += kOutputBlocks) {
       const int64_t blocks = std::min(kOutputBlocks, unit.block_end - block);
+      fetch_output(step, unit, block, blocks);
       multiply_panel(panel, from_block(layer.z, block), blocks, {products, bias}, {});
       if (given.pivots == nullptr) {
         write_products(step, unit, products, block, blocks);
       } else {
         merge_products(step, unit, products, block, blocks);
       }
+    }
+  }
+
+  // Asks for the part of y that is written next; it comes while the products are formed.
+  void fetch_output(const Step& step, const Unit& unit, int64_t first_block, int64_t blocks) const {
+    const FactoredLayer& layer = *layers_[unit.layer].given;
+    const int64_t first = first_block * kTileVectors, end = std::min(step.rows, first + blocks * kTileVectors);
+    const int64_t column = unit.begin + layer.pivots_before(unit.begin);
+    for (int64_t row = first; row < end; ++row) {
+      const uint16_t* y = static_cast<const uint16_t*>(layer.y) + (step.first_row + row) * layer.out + column;
+      for (int64_t c = 0; c < unit.end - unit.begin; c += kTileElements) __builtin_prefetch(y + c, 1);
     }
   }
 
