@@ -24,7 +24,7 @@ constexpr int64_t kPieceRows = 256;        // of them at a time: weights come fr
 constexpr int64_t kUnitsPerThread = 8;     // so that the last to finish is not far behind
 constexpr int64_t kMinUnitBlocks = 4;      // with fewer, a panel of the weight is used too seldom after it was read
 constexpr int64_t kPackElements = 1024;    // of sixteen vectors, packed at a time
-constexpr int64_t kOutputBlocks = 8;       // whose part of y is packed, still, at a time: 16 KB
+constexpr int64_t kOutputBlocks = 16;      // whose part of y is packed, still, at a time: 32 KB
 
 int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 int64_t tiles_for(int64_t elements) { return divide_up(elements, kTileElements); }
@@ -209,24 +209,12 @@ class TileLinear {
     const PackedVectors products{tiles, kPanelRows / kTileElements};
     for (int64_t block = unit.block_begin; block < unit.block_end; block += kOutputBlocks) {
       const int64_t blocks = std::min(kOutputBlocks, unit.block_end - block);
-      fetch_output(step, unit, block, blocks);
       multiply_panel(panel, from_block(layer.z, block), blocks, {products, bias}, {});
       if (given.pivots == nullptr) {
         write_products(step, unit, products, block, blocks);
       } else {
         merge_products(step, unit, products, block, blocks);
       }
-    }
-  }
-
-  // Asks for the part of y that is written next; it comes while the products are formed.
-  void fetch_output(const Step& step, const Unit& unit, int64_t first_block, int64_t blocks) const {
-    const FactoredLayer& layer = *layers_[unit.layer].given;
-    const int64_t first = first_block * kTileVectors, end = std::min(step.rows, first + blocks * kTileVectors);
-    const int64_t column = unit.begin + layer.pivots_before(unit.begin);
-    for (int64_t row = first; row < end; ++row) {
-      const uint16_t* y = static_cast<const uint16_t*>(layer.y) + (step.first_row + row) * layer.out + column;
-      for (int64_t c = 0; c < unit.end - unit.begin; c += kTileElements) __builtin_prefetch(y + c, 1);
     }
   }
 
