@@ -8,6 +8,8 @@ namespace eigenprune {
 namespace {
 
 constexpr int64_t kMaxPairRows = 1024;  // above, torch's bfloat16 products are quicker than panels; its others never
+// One row: dots and tiles read weights equally fast, dots with less work before. Four rows: tiles read 12 to 19 GB/s where
+// dots read 5 to 14 (linear_amx.jsonl, keep 0.9, all shapes), for dots multiply four times as much with the same weight.
 constexpr int64_t kMaxRowsBesideTiles = 1;
 
 }  // namespace

@@ -23,8 +23,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 BF16 = torch.bfloat16
-# out, rank, in: around 16 rows, 32 elements, 64 rows of a tile, pair of tiles and panel; odd; and one that a chunk does not hold
-SIZES = ((1, 1, 1), (17, 16, 15), (33, 31, 33), (64, 32, 96), (97, 65, 63), (130, 113, 257), (576, 200, 576), (96, 48, 9000))
+# out, rank, in: around 16 rows, 32 elements, 64 rows of a tile, pair of tiles and panel; odd; and one for many chunks.
+SIZES = (
+    (1, 1, 1),
+    (17, 16, 15),
+    (33, 31, 33),
+    (64, 32, 96),
+    (97, 65, 63),
+    (130, 113, 257),
+    (576, 200, 576),
+    (96, 48, 9000),
+)
 ROWS = (2, 15, 16, 17, 33, 48, 100, 300)
 
 
@@ -144,7 +153,8 @@ import ctypes, mmap, torch
 import eigenprune.ops
 
 libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
-libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 def guarded(value):
@@ -152,8 +162,8 @@ def guarded(value):
     room = (size + page - 1) // page * page
     start = libc.mmap(None, room + page, 3, 0x22, -1, 0)
     assert libc.mprotect(start + room, page, 0) == 0
-    copy = torch.frombuffer((ctypes.c_char * size).from_address(start + room - size), dtype=value.dtype).view(value.shape)
-    return copy.copy_(value)
+    place = (ctypes.c_char * size).from_address(start + room - size)
+    return torch.frombuffer(place, dtype=value.dtype).view(value.shape).copy_(value)
 
 for out, rank, features in {sizes}:
     for rows in {rows}:
