@@ -8,8 +8,8 @@ namespace eigenprune {
 namespace {
 
 constexpr int64_t kMaxPairRows = 1024;  // above, torch's bfloat16 products are quicker than panels; its others never
-// One row: dots and tiles read weights equally fast, dots with less work before. Four rows: tiles read 12 to 19 GB/s where
-// dots read 5 to 14 (linear_amx.jsonl, keep 0.9, all shapes), for dots multiply four times as much with the same weight.
+// One row: dots and tiles read weights about equally fast. Four rows, keep 0.9: tiles read 7 to 19 GB/s over the shapes of
+// bench_linear.py, dots (with EIGENPRUNE_CPU_KERNELS=avx512_bf16) 5 to 14, and less than tiles in every one of them.
 constexpr int64_t kMaxRowsBesideTiles = 1;
 
 }  // namespace
