@@ -34,6 +34,7 @@ CUDA_ARCHITECTURES = {"80": Version("11.0"), "90": Version("11.8"), "100": Versi
 
 CPU_SOURCES = [
     "csrc/ops.cpp",
+    "csrc/cpu/amx_tiles.cpp",
     "csrc/cpu/dot_avx2.cpp",
     "csrc/cpu/dot_avx512.cpp",
     "csrc/cpu/dot_avx512_bf16.cpp",
@@ -49,12 +50,13 @@ CPU_SOURCES = [
     "csrc/cpu/merge_columns.cpp",
     "csrc/cpu/pivot_linear.cpp",
     "csrc/cpu/split_columns.cpp",
+    "csrc/cpu/tile_linear.cpp",
 ]
 CUDA_HOST_SOURCES = ["csrc/cuda/low_rank_linear.cpp", "csrc/cuda/pivot_linear.cpp"]
 CUDA_KERNEL_SOURCES = ["csrc/cuda/decode_linear.cu", "csrc/cuda/pivot_linear.cu"]
 HEADERS = ["csrc/checks.h", "csrc/products.h"]
-CPU_HEADERS = ("dot_products", "dot_tile", "factored_linear", "level")
-CPU_HEADERS += ("linear_layers", "linear_path", "merge", "panel_tile", "pivot_columns", "target")
+CPU_HEADERS = ("amx_tiles", "dot_products", "dot_tile", "factored_linear", "level", "linear_layers", "linear_path")
+CPU_HEADERS += ("merge", "panel_tile", "pivot_columns", "target", "ticket", "tile_linear", "transpose")
 HEADERS += [f"csrc/cpu/{name}.h" for name in CPU_HEADERS]
 CUDA_HEADERS = [f"csrc/cuda/{name}.h" for name in ("decode_linear", "decode_route", "dtypes", "host", "pivot_linear")]
 CUDA_HEADERS += [f"csrc/cuda/{name}.cuh" for name in ("decode_tiles", "elements", "launch", "pivot_rows")]

@@ -65,6 +65,6 @@ PYBIND11_MODULE(_build_info, module) {
   module.def("build_facts", &build_facts, "Facts fixed when the extension was compiled.");
   module.def("cpu_kernels", &eigenprune::cpu_level_name, "Instruction set of the CPU kernels in use.");
   module.def("linear_path", &path_of_linear, py::arg("dtype"), py::arg("rows"), py::arg("in_features"), py::arg("rank"),
-             "What computes a factored linear on this CPU: 'dots', 'panels' or 'torch'.");
+             "What computes a factored linear on this CPU: 'dots', 'panels', 'tiles' or 'torch'.");
   module.def("cpu_features", &cpu_features, "Instruction sets of this CPU that matter for matrix products.");
 }

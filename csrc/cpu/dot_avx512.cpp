@@ -69,6 +69,7 @@ struct Avx512Half : Avx512 {
 }  // namespace eigenprune
 
 #include "dot_tile.h"
+#include "transpose.h"
 #include "panel_tile.h"
 
 namespace eigenprune {

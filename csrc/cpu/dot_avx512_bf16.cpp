@@ -56,6 +56,7 @@ struct Avx512Bf16 {
 }  // namespace eigenprune
 
 #include "dot_tile.h"
+#include "transpose.h"
 #include "panel_tile.h"
 
 EIGENPRUNE_TARGET_END

@@ -9,13 +9,14 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <stdexcept>
 
 #include "dot_products.h"
 #include "linear_path.h"
 #include "merge.h"
+#include "ticket.h"
+#include "tile_linear.h"
 
 namespace eigenprune {
 namespace {
@@ -61,35 +62,6 @@ std::vector<Unit> spread(const std::vector<Unit>& units, size_t threads) {
   return spread;
 }
 
-// Hands out numbers below a limit, each once, and knows when all of them are done.
-class Ticket {
- public:
-  explicit Ticket(size_t limit) : limit_(static_cast<int64_t>(limit)) {}
-
-  template <typename Work>
-  void work_off(const Work& work) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < limit_;) {
-      work(i);
-      done_.fetch_add(1, std::memory_order_release);
-    }
-  }
-
-  // Only for what another thread has begun: whatever nobody had begun, this thread has done itself. So it ends even
-  // where the threads of a pool are called one after the other.
-  void wait() const {
-    while (done_.load(std::memory_order_acquire) < limit_) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-  }
-
- private:
-  const int64_t limit_;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int64_t> done_{0};
-};
-
 // T: dtype of the tensors. X: dtype of what the kernel multiplies with the weights, float or T.
 template <typename T, typename X>
 class FactoredLinear {
@@ -107,9 +79,9 @@ class FactoredLinear {
       const FactoredLayer& layer = layers[i];
       z_offsets_.push_back(rows * ranks);
       ranks += layer.rank;
-      weight_bytes_ += (layer.rank * in + left_rows(layer) * layer.rank) * kSize;
+      weight_bytes_ += (layer.rank * in + layer.left_rows() * layer.rank) * kSize;
       cut_units(right_units_, i, rows, layer.rank, in * kSize);
-      cut_units(left_units_, i, rows, left_rows(layer), layer.rank * kSize);
+      cut_units(left_units_, i, rows, layer.left_rows(), layer.rank * kSize);
     }
     sums_.reset(new float[rows * ranks]);
     if constexpr (!std::is_same_v<X, float>) rounded_.reset(new X[rows * ranks]);
@@ -140,25 +112,6 @@ class FactoredLinear {
 
  private:
   static constexpr int64_t kSize = sizeof(T);
-
-  static int64_t left_rows(const FactoredLayer& layer) {
-    return layer.out - (layer.pivots == nullptr ? 0 : layer.rank);
-  }
-
-  // How many pivots stand before row `row` of `left` in y.
-  static int64_t pivots_before(const FactoredLayer& layer, int64_t row) {
-    if (row == 0) return 0;
-    int64_t low = 0, high = layer.rank;
-    while (low < high) {  // pivots[i] - i, the rows of `left` before pivot i, never falls
-      const int64_t middle = (low + high) / 2;
-      if (layer.pivots[middle] - middle <= row - 1) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  }
 
   // z as the second product reads it, [rows, rank].
   const X* z(size_t layer) const {
@@ -197,10 +150,10 @@ class FactoredLinear {
       }
       return;
     }
-    const int64_t before = pivots_before(layer, unit.weight_begin);
-    const bool is_last = unit.weight_end == left_rows(layer);
+    const int64_t before = layer.pivots_before(unit.weight_begin);
+    const bool is_last = unit.weight_end == layer.left_rows();
     const int64_t begin = unit.weight_begin + before;
-    const int64_t end = is_last ? layer.out : unit.weight_end + pivots_before(layer, unit.weight_end);
+    const int64_t end = is_last ? layer.out : unit.weight_end + layer.pivots_before(unit.weight_end);
     for (int64_t v = 0; v < rows; ++v) {
       const int64_t row = unit.row_begin + v;
       if (std::is_same_v<T, X> && layer.bias == nullptr && layer.z_order == nullptr) {
@@ -264,22 +217,26 @@ class FactoredLinear {
   const X* x_ = nullptr;
 };
 
+Element element_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return Element::kFloat32;
+    case ScalarType::BFloat16: return Element::kBFloat16;
+    case ScalarType::Half: return Element::kFloat16;
+    default: return Element::kOther;
+  }
+}
+
 }  // namespace
 
 bool serves_factored_linear(ScalarType dtype, int64_t rows, int64_t in, int64_t rank) {
-  const auto element = [&] {
-    switch (dtype) {
-      case ScalarType::Float: return Element::kFloat32;
-      case ScalarType::BFloat16: return Element::kBFloat16;
-      case ScalarType::Half: return Element::kFloat16;
-      default: return Element::kOther;
-    }
-  }();
-  return linear_path(element, rows, in, rank) != LinearPath::kTorch;
+  return linear_path(element_of(dtype), rows, in, rank) != LinearPath::kTorch;
 }
 
 void factored_linear(
     ScalarType dtype, const void* x, int64_t rows, int64_t in, const std::vector<FactoredLayer>& layers) {
+  if (!layers.empty() && linear_path(element_of(dtype), rows, in, layers.front().rank) == LinearPath::kTiles) {
+    return tile_linear(x, rows, in, layers);  // of these, no layer goes another way than its neighbours
+  }
   const DotKernel* found = dot_kernel(dtype);
   if (found == nullptr || (rows > kMaxDotRows && found->panels == nullptr)) {  // linear_path.cpp knows better
     throw std::runtime_error("eigenprune: no kernel for this dtype and number of rows");

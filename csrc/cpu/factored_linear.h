@@ -22,6 +22,23 @@ struct FactoredLayer {
   void* y;                   // [rows, out]
   int64_t rank;
   int64_t out;
+
+  int64_t left_rows() const { return out - (pivots == nullptr ? 0 : rank); }
+
+  // How many pivots stand before row `row` of `left` in y.
+  int64_t pivots_before(int64_t row) const {
+    if (pivots == nullptr || row == 0) return 0;
+    int64_t low = 0, high = rank;
+    while (low < high) {  // pivots[i] - i, the rows of `left` before pivot i, never falls
+      const int64_t middle = (low + high) / 2;
+      if (pivots[middle] - middle <= row - 1) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
 };
 
 // Whether this processor has a kernel for the dtype that is quicker than torch's products at these sizes.

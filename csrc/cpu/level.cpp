@@ -8,11 +8,26 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace eigenprune {
 namespace {
 
-constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512_bf16", "amx"};
+
+// Linux keeps the registers of tiles from a process until it asks; the answer holds for all its threads. It refuses where
+// a thread has a signal stack too small for them.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 int level_of_processor() {
 #if defined(__x86_64__)
@@ -21,7 +36,8 @@ int level_of_processor() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl");
-  if (has_avx512) return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) return has_amx_bf16() && may_use_tiles() ? 4 : 3;
+  if (has_avx512) return 2;
   return has_avx2 ? 1 : 0;
 #else
   return 0;

@@ -4,15 +4,16 @@
 
 namespace eigenprune {
 
-enum class CpuLevel { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class CpuLevel { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // Read once in the life of the process.
 CpuLevel cpu_level();
 
-// Whether it multiplies tiles of bfloat16 (Intel AMX: Sapphire Rapids, 2023, and later).
+// Whether the processor multiplies tiles of bfloat16 (Intel AMX: Sapphire Rapids, 2023, and later). Level kAmx wants more:
+// that the operating system lets this process do it.
 bool has_amx_bf16();
 
-// "plain", "avx2", "avx512" or "avx512_bf16": also the values of the variable.
+// "plain", "avx2", "avx512", "avx512_bf16" or "amx": also the values of the variable.
 const char* cpu_level_name();
 
 }  // namespace eigenprune

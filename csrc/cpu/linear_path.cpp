@@ -8,15 +8,16 @@ namespace eigenprune {
 namespace {
 
 constexpr int64_t kMaxPairRows = 1024;  // above, torch's bfloat16 products are quicker than panels; its others never
-constexpr int64_t kMaxRowsBesideAmx = 4;  // above, torch's bfloat16 products on AMX tiles are quicker than dots
+// One row: dots and tiles read weights about equally fast. Four rows, keep 0.9: tiles read 7 to 19 GB/s over the shapes of
+// bench_linear.py, dots (with EIGENPRUNE_CPU_KERNELS=avx512_bf16) 5 to 14, and less than tiles in every one of them.
+constexpr int64_t kMaxRowsBesideTiles = 1;
 
 }  // namespace
 
 LinearPath linear_path(Element element, int64_t rows, int64_t in, int64_t rank) {
   const CpuLevel level = cpu_level();
   if (element == Element::kOther || level < CpuLevel::kAvx2) return LinearPath::kTorch;
-  const bool has_tiles = element == Element::kBFloat16 && level >= CpuLevel::kAvx512Bf16 && has_amx_bf16();
-  if (has_tiles && rows > kMaxRowsBesideAmx) return LinearPath::kTorch;
+  if (element == Element::kBFloat16 && level >= CpuLevel::kAmx && rows > kMaxRowsBesideTiles) return LinearPath::kTiles;
   if (rows <= kMaxDotRows) return LinearPath::kDots;
   if (level < CpuLevel::kAvx512) return LinearPath::kTorch;
   if (element != Element::kBFloat16 || level < CpuLevel::kAvx512Bf16) return LinearPath::kPanels;
@@ -28,6 +29,7 @@ const char* linear_path_name(LinearPath path) {
   switch (path) {
     case LinearPath::kDots: return "dots";
     case LinearPath::kPanels: return "panels";
+    case LinearPath::kTiles: return "tiles";
     default: return "torch";
   }
 }

@@ -11,6 +11,7 @@ enum class LinearPath {
   kTorch,   // two of torch's own products
   kDots,    // inner products with every row of a weight, quick for few rows of x
   kPanels,  // blocks of a matrix product, quick for many
+  kTiles,   // tiles of bfloat16 that the processor multiplies whole (Intel AMX)
 };
 
 enum class Element { kFloat32, kBFloat16, kFloat16, kOther };
@@ -20,7 +21,7 @@ constexpr int64_t kMaxDotRows = 16;  // above, panels are quicker than dots: ben
 // What is quickest for x [rows, in] through factors of `rank`.
 LinearPath linear_path(Element element, int64_t rows, int64_t in, int64_t rank);
 
-// "torch", "dots" or "panels".
+// "torch", "dots", "panels" or "tiles".
 const char* linear_path_name(LinearPath path);
 
 }  // namespace eigenprune

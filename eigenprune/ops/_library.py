@@ -20,7 +20,7 @@ import torch
 NAMESPACE = "eigenprune"
 FORCE_FALLBACK_VARIABLE = "EIGENPRUNE_NO_EXTENSION"
 CPU_KERNELS_VARIABLE = "EIGENPRUNE_CPU_KERNELS"
-CPU_KERNELS = ("plain", "avx2", "avx512", "avx512_bf16")  # csrc/cpu/level.cpp
+CPU_KERNELS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")  # csrc/cpu/level.cpp
 
 # The same signatures as csrc/ops.cpp, for the days without an extension; tests/ops/test_registry.py compares
 # them.

@@ -103,10 +103,10 @@ def test_a_row_does_not_depend_on_its_company_within_a_kernel(dtype):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
     right, left = draw(200, 576), draw(576, 200)
-    for together in (16, 128):  # dots, then panels
+    on_tiles = dtype is torch.bfloat16 and extension_status().build.get("cpu_kernels") == "amx"
+    for together, few in ((16, 2 if on_tiles else 1), (128, 17)):  # dots or tiles, then panels or tiles
         x = draw(together, 576)
         y = low_rank(x, right, left, None)
-        few = 1 if together == 16 else 17
         assert torch.equal(low_rank(x[:few], right, left, None), y[:few])
 
 
@@ -125,18 +125,17 @@ print(digest.hexdigest())
 """
 
 
-@pytest.mark.parametrize("kernels", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("kernels", ["avx2", "avx512", "avx512_bf16", "amx"])
 def test_threads_do_not_change_a_bit(kernels):
     code = "import eigenprune.ops\n" + CODE
     if kernels == "avx2":  # above sixteen rows torch's products answer there, which promise no such thing
         code = code.replace("(1, 16, 64, 200)", "(1, 16)")
-    code = code.replace("(torch.float32, torch.bfloat16, torch.float16)", "(torch.float32, torch.float16)")
     runs = [run_python(code.format(threads=threads), EIGENPRUNE_CPU_KERNELS=kernels) for threads in (1, 2, 3)]
     assert all(run.returncode == 0 for run in runs), runs[0].stderr
     assert len({run.stdout for run in runs}) == 1
 
 
-@pytest.mark.parametrize("kernels", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("kernels", ["plain", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_is_exact(kernels):
     """The same exact tests with fewer instructions than this processor has."""
     if not extension_status().loaded:
@@ -149,11 +148,12 @@ def test_every_instruction_set_is_exact(kernels):
     )
     result = run_python(code, EIGENPRUNE_CPU_KERNELS=kernels)
     assert result.returncode == 0, result.stdout + result.stderr
-    levels = ("plain", "avx2", "avx512", "avx512_bf16")
+    levels = ("plain", "avx2", "avx512", "avx512_bf16", "amx")
     assert levels.index(result.stdout.split()[0]) <= levels.index(kernels)
 
 
 def test_an_unknown_instruction_set_is_reported():
     code = "from eigenprune.ops import extension_status; print(extension_status().reason)"
     result = run_python(code, EIGENPRUNE_CPU_KERNELS="sse9")
-    assert "EIGENPRUNE_CPU_KERNELS='sse9' is unknown (there are: plain, avx2, avx512, avx512_bf16)" in result.stdout
+    known = "plain, avx2, avx512, avx512_bf16, amx"
+    assert f"EIGENPRUNE_CPU_KERNELS='sse9' is unknown (there are: {known})" in result.stdout
