@@ -35,11 +35,10 @@ class Method:
     blockwise: bool
 
 
-# A step of AdamW moves each entry by about the rate, whatever its gradient, and one window's gradient is mostly noise.
-# Measured (benchmarks/recovery.py, 180 windows): 1e-4 makes a model of keep 0.8 worse, 2e-5 halves its excess loss; at
-# keep 0.9 1e-5 was tried, at 0.6 1e-4, and both gained.
+# Measured (benchmarks/recovery.py) with Muon on matrices: at keep 0.8, 3e-4 first makes a model worse, at 0.6 it is
+# quicker than 1e-4.
 RECOVERIES = {
-    "distil": Method(factors_and_vectors, Course(rate=2e-5), blockwise=False),
+    "distil": Method(factors_and_vectors, Course(rate=1e-4), blockwise=False),
     "block": Method(factors_and_vectors, Course(rate=1e-4), blockwise=True),
     "closed": Method(factors_and_vectors, None, blockwise=True),
     "perp": Method(vectors, Course(rate=1e-3), blockwise=False),
@@ -101,8 +100,8 @@ def recover_(
     changes at the very end only, so a run that fails or is interrupted leaves it as it was, and goes on from
     `checkpoint_dir` when it is called again.
 
-    Memory, beside `model`: a float32 copy of it, and for what is trained at once gradient and two moments in float32;
-    the activations of one window. With `distil` and `perp`: the targets, 384 bytes a token, and no dense model while
+    Memory, beside `model`: a float32 copy of it, and for what is trained at once gradient and momentum in float32; the
+    activations of one window. With `distil` and `perp`: the targets, 384 bytes a token, and no dense model while
     training. With the other two: the hidden states of all windows, of both models.
 
     Args:

@@ -2,8 +2,8 @@
 """Short, resumable training of some parameters of a model, in float32, a few windows at a time.
 
 Matrices are trained by Muon (Jordan et al., 2024), vectors by AdamW. A step of AdamW moves every entry by about the
-rate, noise or not; one of Muon moves every singular direction of a matrix alike. Measured with one window a step
-(benchmarks/recovery.py), Muon needs a sixth of the windows for the same divergence.
+rate, noise or not; one of Muon moves every singular direction of a matrix alike. benchmarks/recovery.py has rows of
+both.
 """
 
 import hashlib
