@@ -91,7 +91,9 @@ ROWS = (  # in the order in which they are wanted
     Row("pivot", 4, 0.6),
     Row("pivot", 0, 0.4),  # the bytes of int8 at 0.8
     Row("pivot", "auto", 0.4, "bytes"),
-    Row("pivot", "auto", 0.25, "bytes"),
+    Row("pivot", "auto", 0.25, "bytes"),  # of float32 bytes: about a byte a parameter
+    Row("pivot", "auto", 0.22, "bytes"),
+    Row("pivot", "auto", 0.19, "bytes"),
     Row("pair", 8, 0.8),
     Row("pair", 4, 0.8),
     Row("pair", 0, 0.8),
