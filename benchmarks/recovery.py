@@ -5,7 +5,7 @@ Pruned by the default method on the first 64 windows of WikiText-2 `train_sample
 of them (one in 16 held out for the divergence); perplexity on the 24 windows of quality.py, float32. All of it is kept
 in a work folder on the way: the same command goes on after an interrupt.
 
-    python benchmarks/recovery.py --keep 0.8 --method distil --windows 192 --rate 1e-4
+    python benchmarks/recovery.py --keep 0.8 --method distil --windows 192 --rate 4e-5
     python benchmarks/recovery.py --table              # print the rows kept so far as a Markdown table
 """
 
@@ -96,6 +96,7 @@ def measure(work: Work, options: argparse.Namespace) -> dict[str, Any]:
         "before": before["perplexity"],
         "after": after["perplexity"],
         "token_hash": after["token_hash"],
+        "optimizer": "Muon",  # of matrices; rows without this are AdamW's
         **{f"recovery_{key}": value for key, value in report.to_dict().items()},
     }
 
@@ -103,12 +104,12 @@ def measure(work: Work, options: argparse.Namespace) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: multiples of the dense perplexity before and after."""
     lines = [
-        "| keep | recovery | tokens read | rate | minutes | divergence | perplexity / dense |",
-        "| --- " * 7 + "|",
+        "| keep | recovery | optimizer | tokens read | rate | minutes | divergence | perplexity / dense |",
+        "| --- " * 8 + "|",
     ]
     for row in sorted(rows, key=lambda row: (-row["keep"], row["after"])):
         lines.append(
-            f"| {row['keep']:g} | {row['recovery_method']} | {row['recovery_tokens']:,} "
+            f"| {row['keep']:g} | {row['recovery_method']} | {row.get('optimizer', 'AdamW')} | {row['recovery_tokens']:,} "
             f"| {row['recovery_settings'].get('rate', '')} | {row['recovery_seconds'] / 60:.1f} "
             f"| {row['recovery_before']:.4f} -> {row['recovery_after']:.4f} "
             f"| {row['before'] / row['dense']:.3f} -> {row['after'] / row['dense']:.3f} |"
