@@ -13,6 +13,7 @@ Rows go to a JSONL file as they are measured; rows that are there already are no
     python benchmarks/quality.py                      # all rows, some hours on 2 cores
     python benchmarks/quality.py --methods kfac --keep 0.8
     python benchmarks/quality.py --methods zs io --layouts pair --allocations own
+    python benchmarks/quality.py --calibration-windows 128 --methods kfac --layouts pivot --allocations global
     python benchmarks/quality.py --calibration-windows 8 --evaluation-windows 4 --out /tmp/small.jsonl
     python benchmarks/quality.py --table              # print the rows kept so far as a Markdown table
 """
@@ -147,7 +148,8 @@ class Bench:
     def texts(self, calibration: str) -> list[str]:
         """The documents of that name."""
         if calibration == "wikitext2":
-            return read_texts([self.shared / "data/wikitext2/train_samples.jsonl.gz"])[:CALIBRATION_WINDOWS]
+            most = max(CALIBRATION_WINDOWS, self.counts["calibration_windows"])
+            return read_texts([self.shared / "data/wikitext2/train_samples.jsonl.gz"])[:most]
         if calibration == BUILTIN:
             return builtin_texts()
         return read_texts([self.shared / "data" / calibration / "train.jsonl.gz"])
