@@ -110,7 +110,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: (-row["keep"], row["after"])):
         lines.append(
             f"| {row['keep']:g} | {row['recovery_method']} | {row.get('optimizer', 'AdamW')} "
-            f"| {row['recovery_tokens']:,} | {row['recovery_settings'].get('rate', '')} | {row['recovery_seconds'] / 60:.1f} "
+            f"| {row['recovery_tokens']:,} | {row['recovery_settings'].get('rate', '')} "
+            f"| {row['recovery_seconds'] / 60:.1f} "
             f"| {row['recovery_before']:.4f} -> {row['recovery_after']:.4f} "
             f"| {row['before'] / row['dense']:.3f} -> {row['after'] / row['dense']:.3f} |"
         )
