@@ -136,7 +136,7 @@ class Bench:
         return {"windows": self.calibration_windows(calibration)}
 
     def _forget_components(self) -> None:
-        """Of this run: those of a method take twice the bytes of its layers."""
+        """Those that have come since this run began: a method's take twice the bytes of its layers. One run at a time."""
         for folder in set(default_cache_dir().glob("components-*")) - self._components_of_others:
             shutil.rmtree(folder)
 

@@ -24,7 +24,7 @@ from eigenprune.calibrate.cache import save_tensors
 from eigenprune.errors import ConfigError, WeightError
 
 BETAS = (0.9, 0.95)  # of AdamW
-MOMENTUM = 0.9  # of Muon; 0.97 was slower over 30 steps
+MOMENTUM = 0.9  # of Muon
 LONGEST_GRADIENT = 1.0
 WARMUP = 0.05  # of the whole run
 SECONDS_BETWEEN_SAVES = 180.0  # parameters and moments: some seconds for each GB
