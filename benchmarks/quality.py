@@ -136,7 +136,7 @@ class Bench:
         return {"windows": self.calibration_windows(calibration)}
 
     def _forget_components(self) -> None:
-        """Those that have come since this run began: a method's take twice the bytes of its layers. One run at a time."""
+        """Those that have come since this run began: they take twice the bytes of the layers. One run at a time."""
         for folder in set(default_cache_dir().glob("components-*")) - self._components_of_others:
             shutil.rmtree(folder)
 
