@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What recovery without labels gets back: pruned SmolLM2-135M-Instruct before and after, in the protocol of quality.py.
 
-Pruned by the default method on the first 64 windows of WikiText-2 `train_samples`; recovered on the first `--windows`
+Pruned by `--pruning` on the first 64 windows of WikiText-2 `train_samples`; recovered on the first `--windows`
 of them (one in 16 held out for the divergence); perplexity on the 24 windows of quality.py, float32. All of it is kept
 in a work folder on the way: the same command goes on after an interrupt.
 
@@ -51,12 +51,13 @@ class Work:
         """The dense model, float32."""
         return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
 
-    def pruned(self, keep: float) -> Any:
-        """The pruned model, float32, made once."""
-        folder = self.folder / f"keep-{keep:g}"
+    def pruned(self, keep: float, pruning: str) -> Any:
+        """The model pruned by the method `pruning`, float32, made once."""
+        folder = self.folder / f"{pruning}-{keep:g}"
         if not folder.exists():
             model = self.dense()
-            prune_(model, EigenpruneConfig(keep=keep), windows=self.windows(CALIBRATION_WINDOWS))
+            config = EigenpruneConfig(keep=keep, method=pruning)
+            prune_(model, config, windows=self.windows(CALIBRATION_WINDOWS))
             save_model(model, folder)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -75,8 +76,8 @@ def measure(work: Work, options: argparse.Namespace) -> dict[str, Any]:
     method = RECOVERIES[options.method]
     cache = work.folder / "recovery"
     dense: Any = work.dense() if method.blockwise else teacher_targets(work.dense(), windows, cache_dir=cache)
-    model = work.pruned(options.keep)
-    before = work.measured(f"keep-{options.keep:g}", model)
+    model = work.pruned(options.keep, options.pruning)
+    before = work.measured(f"{options.pruning}-{options.keep:g}", model)
     course = method.course
     if course is not None:
         course = replace(
@@ -91,6 +92,7 @@ def measure(work: Work, options: argparse.Namespace) -> dict[str, Any]:
         save_model(model, options.save, tokenizer=work.tokenizer)
     return {
         "keep": options.keep,
+        "pruning": options.pruning,  # rows without this: kfac
         "windows": options.windows,
         "dense": work.measured("dense", work.dense())["perplexity"],
         "before": before["perplexity"],
@@ -104,12 +106,13 @@ def measure(work: Work, options: argparse.Namespace) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: multiples of the dense perplexity before and after."""
     lines = [
-        "| keep | recovery | optimizer | tokens read | rate | minutes | divergence | perplexity / dense |",
-        "| --- " * 8 + "|",
+        "| keep | pruned by | recovery | optimizer | tokens read | rate | minutes | divergence | perplexity / dense |",
+        "| --- " * 9 + "|",
     ]
     for row in sorted(rows, key=lambda row: (-row["keep"], row["after"])):
         lines.append(
-            f"| {row['keep']:g} | {row['recovery_method']} | {row.get('optimizer', 'AdamW')} "
+            f"| {row['keep']:g} | {row.get('pruning', 'kfac')} | {row['recovery_method']} "
+            f"| {row.get('optimizer', 'AdamW')} "
             f"| {row['recovery_tokens']:,} | {row['recovery_settings'].get('rate', '')} "
             f"| {row['recovery_seconds'] / 60:.1f} "
             f"| {row['recovery_before']:.4f} -> {row['recovery_after']:.4f} "
@@ -122,6 +125,7 @@ def main() -> None:
     """Measure one row, or print all."""
     parser = command_line(__doc__, RESULTS)
     parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--pruning", default="kfac-channels", help="the method by which it was pruned")
     parser.add_argument("--method", choices=sorted(RECOVERIES), default="distil")
     parser.add_argument("--windows", type=int, default=192, help="of 1024 tokens")
     parser.add_argument("--rate", type=float)

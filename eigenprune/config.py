@@ -17,8 +17,9 @@ from eigenprune.spectral import ALLOCATIONS, BUDGETS, find_method
 
 QUANT_METHOD = "eigenprune"
 AUTO = "auto"
-FORMAT_VERSION = 2  # the newest that is read; what holds nothing new is still written as the oldest
+FORMAT_VERSION = 3  # the newest that is read; what holds nothing new is still written as the oldest
 QUANTISED_FORMAT = 2
+CHANNELS_FORMAT = 3
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 UNSET = float("nan")  # told by identity: the method decides then
 LARGEST_SIDE = 1 << 24  # a rank beyond this is a lie, told before anything is allocated
@@ -62,6 +63,8 @@ class EigenpruneConfig(QuantizationConfigMixin):
             together with its rank (needs `budget="bytes"`). 4 is for layout `pair`, or `budget="bytes"`. None does not.
         biases: of a pruned model: the layers that had no bias and were given one. Filled in by `prune_`.
         modules: of a pruned model: {layer name: [layout, rank]}. Filled in when a model is saved.
+        shapes: of a pruned model: {layer that lost hidden channels: [out, in, and what these were before]}. Filled in
+            when a model is saved.
         quantized: of a pruned model: {Linear, which may be a factor: [bits, numbers that share a scale]}. Filled in
             when a model is saved.
         provenance: of a pruned model: how it was made. Filled in by `prune_`.
@@ -93,6 +96,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
     bits: int | str | None = None
     biases: Sequence[str] = ()
     modules: dict[str, list[Any]] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
     quantized: dict[str, list[int]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     delta: dict[str, Any] = field(default_factory=dict)
@@ -139,11 +143,13 @@ class EigenpruneConfig(QuantizationConfigMixin):
             if self.texts is not None:
                 raise ConfigError(f"calibration={self.calibration!r} and texts are two sources: give one of them")
         self._check_bits()
+        self._check_channels()
         _check_modules(self.modules)
+        _check_shapes(self.shapes)
         _check_quantized(self.quantized)
         if self.delta != {}:
             check_delta_header(self.delta)
-            if self.modules or self.quantized:
+            if self.modules or self.quantized or self.shapes:
                 raise ConfigError("modules and delta exclude each other: a delta is over a plain model")
         self.biases = _strings("biases", self.biases)
         for name in self.biases:
@@ -170,6 +176,21 @@ class EigenpruneConfig(QuantizationConfigMixin):
             raise ConfigError(
                 f"bits={self.bits!r} with budget='bytes' needs allocation='global' and a method that probes nothing: "
                 "count parameters, or leave the bits to quantize_"
+            )
+
+    def _check_channels(self) -> None:
+        method = find_method(self.method)
+        if not method.channels:
+            return
+        if (self.allocation or method.allocation) != "global":
+            raise ConfigError(
+                f"method {self.method!r} weighs channels against ranks: it needs allocation='global', not "
+                f"{self.allocation!r}"
+            )
+        if self.budget == "latency" or (self.bits is not None and self.budget == "bytes"):
+            raise ConfigError(
+                f"method {self.method!r} counts parameters, bytes or flops of floating-point layers: leave out "
+                f"budget={self.budget!r}, or use method='kfac'"
             )
 
     def _check_task(self, removes: bool) -> None:
@@ -210,12 +231,17 @@ class EigenpruneConfig(QuantizationConfigMixin):
         values["skip"] = list(self.skip)
         values["biases"] = list(self.biases)
         values["modules"] = {name: list(entry) for name, entry in self.modules.items()}
+        values["shapes"] = {name: list(entry) for name, entry in self.shapes.items()}
         values["quantized"] = {name: list(entry) for name, entry in self.quantized.items()}
         values["provenance"] = dict(self.provenance)
         if self.bits is None and not self.quantized:
             del values["bits"], values["quantized"]  # a package that knows format 1 only reads it
         else:
             values["format_version"] = max(self.format_version, QUANTISED_FORMAT)
+        if not self.shapes:
+            del values["shapes"]
+        else:
+            values["format_version"] = max(self.format_version, CHANNELS_FORMAT)
         return {"quant_method": self.quant_method, **values}
 
 
@@ -268,3 +294,15 @@ def _check_modules(modules: object) -> None:
         _one_of(f"modules: layout of {name}", layout, LAYOUTS)
         if not _is_int(rank) or not 1 <= rank <= LARGEST_SIDE:
             raise ConfigError(f"modules: rank {rank!r:.80} of {name} is no possible rank")
+
+
+def _check_shapes(shapes: object) -> None:
+    if not isinstance(shapes, Mapping):
+        raise ConfigError(f"shapes must map layer names to four sides, not be {type(shapes).__name__}")
+    for name, entry in shapes.items():
+        _check_layer_name("shapes", name)
+        if not isinstance(entry, list | tuple) or len(entry) != 4 or not all(map(_is_int, entry)):
+            raise ConfigError(f"shapes: {name} must have [out, in, out before, in before], not {entry!r:.80}")
+        out, inside, out_before, in_before = entry
+        if not (1 <= out <= out_before <= LARGEST_SIDE and 1 <= inside <= in_before <= LARGEST_SIDE):
+            raise ConfigError(f"shapes: {entry!r:.80} of {name} are no possible sides")

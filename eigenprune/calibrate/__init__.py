@@ -3,6 +3,7 @@
 
 from eigenprune.calibrate.blocks import BlockChain, find_chain
 from eigenprune.calibrate.cache import cache_key, default_cache_dir, save_tensors, windows_hash
+from eigenprune.calibrate.channels import ChannelGroup, channel_groups
 from eigenprune.calibrate.choice import CHOICES, FEATURES, choose_indices, find_choice
 from eigenprune.calibrate.collect import calibration_mode, collect_statistics
 from eigenprune.calibrate.entry_statistics import EntryStatistics, collect_entry_statistics
@@ -44,6 +45,7 @@ __all__ = [
     "UNSCORED",
     "BlockChain",
     "Calibration",
+    "ChannelGroup",
     "EntryStatistics",
     "Passage",
     "PassageBatch",
@@ -60,6 +62,7 @@ __all__ = [
     "calibration_mode",
     "calibration_windows",
     "can_sample",
+    "channel_groups",
     "choose_indices",
     "collate",
     "collect_entry_statistics",

@@ -50,18 +50,27 @@ def describe_layers(model: Any, skip: Any = ()) -> list[Any]:
     from eigenprune.report import LayerReport
 
     selection = select_layers(model, skip)
+    quantizer = getattr(model, "hf_quantizer", None)
+    before = {} if quantizer is None else getattr(quantizer.quantization_config, "shapes", {})
     reports = []
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             shape = (module.out_features, module.in_features)
             cost = factored_parameters(module.rank, *shape, module.layout)
-            reports.append(LayerReport(name, shape, module.layout, module.rank, cost, bits=_bits(module.right)))
+            report = LayerReport(name, shape, module.layout, module.rank, cost, bits=_bits(module.right))
+            reports.append(_with_channels(report, before.get(name)))
         elif name in selection.shapes:
             shape = selection.shapes[name]
             reason = selection.skipped.get(name, "")
             parameters = shape[0] * shape[1]
-            reports.append(LayerReport(name, shape, "dense", min(shape), parameters, None, reason, _bits(module)))
+            report = LayerReport(name, shape, "dense", min(shape), parameters, None, reason, _bits(module))
+            reports.append(_with_channels(report, before.get(name)))
     return reports
+
+
+def _with_channels(report: Any, sides: Any) -> Any:
+    """`report` of a layer as it is, with the shape that it had before it lost channels, if it did."""
+    return report if sides is None else replace(report, shape=tuple(sides[2:]), kept_shape=report.shape)
 
 
 def _bits(linear: Any) -> int | None:

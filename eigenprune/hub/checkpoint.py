@@ -75,22 +75,23 @@ def check_factor_files(files: Sequence[str | Path], layers: Mapping[str, nn.Modu
     return others - layers.keys()
 
 
-def check_bias_files(files: Sequence[str | Path], biases: Mapping[str, int]) -> None:
-    """Check that the safetensors `files` hold the bias of every layer that was given one when it was pruned.
+def check_plain_files(files: Sequence[str | Path], tensors: Mapping[str, Sequence[int]]) -> None:
+    """Check that the safetensors `files` hold what pruning has given or made smaller, beside the factors.
 
     Args:
-        biases: {layer name in the files: its outputs}.
+        tensors: {name in the files: shape}: the biases of layers that had none, and the weights of layers that have
+            lost channels and are dense.
 
     Raises:
-        CheckpointError: a bias is missing, or its shape or type is wrong.
+        CheckpointError: a tensor is missing, or its shape or type is wrong.
     """
-    expected = {f"{name}.bias": [size] for name, size in biases.items()}
+    expected = {name: list(shape) for name, shape in tensors.items()}
     for file in map(Path, files) if expected else ():
         with safe_open(file, framework="pt") as opened:
             for key in expected.keys() & set(opened.keys()):
                 _check_tensor(key, opened, expected.pop(key), 0)
     if expected:
-        raise CheckpointError(f"the checkpoint lacks {min(expected)}, which its config names under biases")
+        raise CheckpointError(f"the checkpoint lacks {min(expected)}, which its config speaks of")
 
 
 def check_places(files: Sequence[str | Path], folder: str | Path) -> None:

@@ -4,7 +4,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,17 +25,23 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 
 @dataclass(frozen=True)
 class FactoredLayer:
-    """One pruned layer: its name, (out, in) of the dense weight, layout and rank."""
+    """One pruned layer: its name, (out, in) of the dense weight, layout, rank, and (out, in) without lost channels."""
 
     name: str
     shape: tuple[int, int]
     layout: str
     rank: int
+    kept_shape: tuple[int, int]
+
+    @property
+    def parameters(self) -> int:
+        """Of the factors."""
+        return factored_parameters(self.rank, *self.kept_shape, self.layout)
 
     @property
     def kept(self) -> float:
         """Parameters of the factors over those of the dense weight."""
-        return factored_parameters(self.rank, *self.shape, self.layout) / (self.shape[0] * self.shape[1])
+        return self.parameters / (self.shape[0] * self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,10 @@ def read_facts(folder: Path) -> CheckpointFacts:
         headers |= _header(file)
     weight_bytes = sum(math.prod(shape) * ITEM_BYTES.get(dtype, 1) for dtype, shape in headers.values())
     headers = _unquantised(headers, pruned.quantized)
-    layers = tuple(_layer(name, layout, rank, headers) for name, (layout, rank) in sorted(pruned.modules.items()))
+    layers = tuple(
+        _layer(name, layout, rank, pruned.shapes.get(name), headers)
+        for name, (layout, rank) in sorted(pruned.modules.items())
+    )
     sizes = {key: math.prod(shape) for key, (_, shape) in headers.items()}
     floating = {key for key, (dtype, _) in headers.items() if dtype.startswith(("F", "BF"))}
     amounts: Counter[str] = Counter()
@@ -97,10 +106,12 @@ def read_facts(folder: Path) -> CheckpointFacts:
     floating_bytes = sum(
         sizes[key] * ITEM_BYTES.get(dtype if kind == QUANTISED else kind, 1) for key, (kind, _) in headers.items()
     )
-    removed = sum(
-        layer.shape[0] * layer.shape[1] - factored_parameters(layer.rank, *layer.shape, layer.layout)
-        for layer in layers
-    )
+    removed = sum(layer.shape[0] * layer.shape[1] - layer.parameters for layer in layers)
+    for name, (out, inside, *before) in pruned.shapes.items():
+        if name not in pruned.modules:
+            removed += before[0] * before[1] - out * inside
+        if f"{name}.bias" in headers:
+            removed += before[0] - out
     pivots = sum(sizes.get(f"{layer.name}.pivots", 0) * ITEM_BYTES["I32"] for layer in layers)
     architectures = config.get("architectures") or [""]
     return CheckpointFacts(
@@ -185,13 +196,20 @@ def _unquantised(
     return found
 
 
-def _layer(name: str, layout: str, rank: int, headers: Mapping[str, tuple[str, tuple[int, ...]]]) -> FactoredLayer:
+def _layer(
+    name: str,
+    layout: str,
+    rank: int,
+    sides: Sequence[int] | None,
+    headers: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> FactoredLayer:
     try:
         right, left = headers[f"{name}.right.weight"][1], headers[f"{name}.left.weight"][1]
         out_features = left[0] + (rank if layout == "pivot" else 0)
-        agree = right[0] == rank == left[1]
+        agree = right[0] == rank == left[1] and (sides is None or list(sides[:2]) == [out_features, right[1]])
     except (KeyError, IndexError):
         agree = False
     if not agree:
         raise CheckpointError(f"the weight files hold no factors of {name} with rank {rank}, as config.json says")
-    return FactoredLayer(name, (out_features, right[1]), layout, rank)
+    kept = (out_features, right[1])
+    return FactoredLayer(name, kept if sides is None else (sides[2], sides[3]), layout, rank, kept)

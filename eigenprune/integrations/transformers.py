@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantizer plug-in: prune on load, save, and load again with plain `from_pretrained`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,19 @@ from transformers.quantizers.base import HfQuantizer
 
 from eigenprune.config import QUANT_METHOD, EigenpruneConfig
 from eigenprune.errors import CheckpointError
-from eigenprune.hub.checkpoint import check_bias_files, check_factor_files, check_places
+from eigenprune.hub.checkpoint import check_factor_files, check_places, check_plain_files
 from eigenprune.hub.delta_loading import MergedFile
 from eigenprune.layers import (
     LowRankLinear,
     dense_weight,
     is_conv1d,
     is_dense,
+    layer_shape,
     low_rank_layers,
     quantised_linears,
     replace_module_,
     to_dense_,
+    with_shape,
 )
 from eigenprune.quantize import StoredWeight, finish_stored_, plain_state_, require_torchao
 
@@ -46,6 +48,15 @@ class EigenpruneHfQuantizer(HfQuantizer):
             name = _name_in(model, saved_name)
             if name is not None:
                 biases[saved_name] = give_bias_(model.get_submodule(name), saved_name)
+        plain = {f"{name}.bias": [size] for name, size in biases.items()}
+        for saved_name, (out, inside, *before) in self.quantization_config.shapes.items():
+            name = _name_in(model, saved_name)
+            if name is None:
+                continue
+            smaller = smaller_layer(model.get_submodule(name), saved_name, (out, inside), before)
+            replace_module_(model, name, smaller)
+            if saved_name not in self.quantization_config.modules:
+                plain[f"{saved_name}.weight"] = list(smaller.get_parameter("weight").shape)
         layers = {}
         for saved_name, (layout, rank) in self.quantization_config.modules.items():
             name = _name_in(model, saved_name)
@@ -54,13 +65,15 @@ class EigenpruneHfQuantizer(HfQuantizer):
             layers[saved_name] = empty_factored_layer(model.get_submodule(name), saved_name, layout, rank)
             replace_module_(model, name, layers[saved_name])
         quantised = self._put_stored_weights(model)
+        for saved_name in quantised:
+            plain.pop(f"{saved_name}.weight", None)
         if checkpoint_files is not None:
             config: Any = model.config
             check_places(checkpoint_files, config.name_or_path)
             named = self.quantization_config.modules.keys() | self.quantization_config.quantized.keys()
             unnamed = check_factor_files(checkpoint_files, layers | quantised) - named
             _refuse_unnamed(model, unnamed)
-            check_bias_files(checkpoint_files, biases)
+            check_plain_files(checkpoint_files, plain)
         replaced = self.quantization_config.modules.keys() or self.quantization_config.quantized.keys()
         if replaced:
             _ignore_sentinel(model, replaced)
@@ -106,6 +119,11 @@ class EigenpruneHfQuantizer(HfQuantizer):
         """The tensors to save. Layout, rank and bits of every layer go into the config as they are now."""
         modules = {name: [module.layout, module.rank] for name, module in low_rank_layers(model).items()}
         self.quantization_config.modules = modules
+        self.quantization_config.shapes = {
+            name: [*layer_shape(model.get_submodule(name)), *entry[2:]]
+            for name, entry in self.quantization_config.shapes.items()
+            if _has(model, name) and layer_shape(model.get_submodule(name)) != tuple(entry[2:])
+        }
         self.quantization_config.biases = [
             name for name in self.quantization_config.biases if _has(model, name) and _has_bias(model, name)
         ]
@@ -121,7 +139,12 @@ class EigenpruneHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         self.quantization_config.quantized = {}
-        return to_dense_(model)
+        to_dense_(model)
+        for name, (*_, out, inside) in self.quantization_config.shapes.items():
+            # Channels that are not there write nothing: zero columns read them.
+            replace_module_(model, name, with_shape(model.get_submodule(name), (out, inside)))
+        self.quantization_config.shapes = {}
+        return model
 
     def is_serializable(self) -> bool:
         """Factors are plain tensors: yes."""
@@ -155,6 +178,22 @@ def give_bias_(dense: nn.Module, name: str) -> int:
     if getattr(dense, "bias", None) is None:
         dense.bias = nn.Parameter(torch.empty(weight.shape[0], device=weight.device, dtype=weight.dtype))
     return int(weight.shape[0])
+
+
+def smaller_layer(dense: nn.Module, name: str, shape: tuple[int, int], before: Sequence[int]) -> nn.Module:
+    """A dense layer with fewer channels in place of `dense`, on its device and in its dtype.
+
+    Raises:
+        CheckpointError: the config lies about this layer.
+    """
+    if not is_dense(dense):
+        raise CheckpointError(f"the config says that {name} lost channels, but here it is a {type(dense).__name__}")
+    if layer_shape(dense) != tuple(before):
+        raise CheckpointError(
+            f"the config says that {name} was {before[0]} x {before[1]} before it lost channels, but in this model it "
+            f"is {layer_shape(dense)[0]} x {layer_shape(dense)[1]}"
+        )
+    return with_shape(dense, shape)
 
 
 def empty_factored_layer(dense: nn.Module, name: str, layout: str, rank: int) -> LowRankLinear:

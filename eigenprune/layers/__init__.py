@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Factored layers: what they are, which layers become one, and the way in and out of a model."""
 
-from eigenprune.layers.dense import dense_like, dense_weight, is_conv1d, is_dense
+from eigenprune.layers.dense import dense_like, dense_weight, is_conv1d, is_dense, layer_shape, with_shape
 from eigenprune.layers.low_rank_linear import LAYOUTS, LowRankLinear, factored_parameters
 from eigenprune.layers.quantised import (
     BITS,
@@ -14,7 +14,7 @@ from eigenprune.layers.quantised import (
     tensor_bytes,
 )
 from eigenprune.layers.select import Selection, select_layers
-from eigenprune.layers.swap import low_rank_layers, replace_module_, to_dense_
+from eigenprune.layers.swap import low_rank_layers, narrowed_layers, replace_module_, to_dense_
 from eigenprune.layers.undo import undo_on_error, weights_kept
 
 __all__ = [
@@ -29,7 +29,9 @@ __all__ = [
     "is_conv1d",
     "is_dense",
     "is_quantised",
+    "layer_shape",
     "low_rank_layers",
+    "narrowed_layers",
     "plain_values",
     "quantised_bits",
     "quantised_bytes",
@@ -40,4 +42,5 @@ __all__ = [
     "to_dense_",
     "undo_on_error",
     "weights_kept",
+    "with_shape",
 ]

@@ -24,6 +24,14 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.t() if is_conv1d(module) else weight
 
 
+def layer_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a dense or factored layer."""
+    if hasattr(module, "out_features"):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    weight = dense_weight(module)
+    return weight.shape[0], weight.shape[1]
+
+
 def dense_like(weight: Tensor, bias: Tensor | None, *, conv1d: bool) -> nn.Module:
     """A dense layer that holds `weight` [out, in] and `bias` [out].
 
@@ -43,3 +51,20 @@ def dense_like(weight: Tensor, bias: Tensor | None, *, conv1d: bool) -> nn.Modul
         bias = weight.new_zeros(out_features)  # a Conv1D always has one
     module.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     return module
+
+
+def with_shape(module: nn.Module, shape: tuple[int, int]) -> nn.Module:
+    """A dense layer of `shape` (out, in), of the kind, dtype and device of `module`, with what fits of its values.
+
+    Rows and columns beyond those of `module` are zero.
+    """
+    old = dense_weight(module).detach()
+    rows, columns = min(shape[0], old.shape[0]), min(shape[1], old.shape[1])
+    weight = old.new_zeros(shape)
+    weight[:rows, :columns] = old[:rows, :columns]
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    if bias is not None:
+        bias = torch.cat([bias.detach()[:rows], bias.new_zeros(shape[0] - rows)])
+    new = dense_like(weight, bias, conv1d=is_conv1d(module))
+    new.requires_grad_(dense_weight(module).requires_grad)
+    return new

@@ -2,27 +2,25 @@
 """From statistics to a rank for every layer."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from eigenprune.calibrate.cache import cache_key
-from eigenprune.evaluate import layer_times
 from eigenprune.layers import dense_weight
 from eigenprune.memory import release_unused
+from eigenprune.prune.channels import grouped_options
 from eigenprune.prune.measure import Measured
+from eigenprune.prune.price import layer_price
 from eigenprune.prune.run import Run
 from eigenprune.quantize import KeptLosses, options_with_bits
 from eigenprune.spectral import (
     ALLOCATIONS,
     MOST_BYTES,
     Allocation,
-    Cost,
     Decomposed,
     Options,
     component_bytes,
     gather_evidence,
-    layer_cost,
     probed_scales,
     rank_options,
     scaled,
@@ -46,8 +44,10 @@ def choose_ranks(run: Run, layers: Mapping[str, nn.Module], decomposed: Decompos
     Raises:
         BudgetError: `keep` is below what the smallest ranks take.
     """
+    grouped = grouped_options(run, layers, decomposed, measured)
     with run.clock("spectra"):
-        options = _options(run, layers, decomposed)
+        alone = {name: layer for name, layer in layers.items() if name not in grouped.layers}
+        options = _options(run, alone, decomposed) | grouped.options
     if run.method.probe and measured.statistics is not None and measured.windows is not None:
         with run.clock("probes"):
             scales = probed_scales(
@@ -77,7 +77,8 @@ def choose_ranks(run: Run, layers: Mapping[str, nn.Module], decomposed: Decompos
             cache_dir=run.cache_dir,
             progress=run.progress,
         )
-        return solve_allocation(options, run.config.keep, run.allocation, evidence)
+        found = solve_allocation(options, run.config.keep, run.allocation, evidence)
+    return grouped.expanded(found, layers)
 
 
 def _options(run: Run, layers: Mapping[str, nn.Module], decomposed: Decomposed) -> dict[str, Options]:
@@ -92,7 +93,7 @@ def _options(run: Run, layers: Mapping[str, nn.Module], decomposed: Decomposed) 
             found,
             run.config.layout,
             run.config.rank_multiple,
-            cost=_cost(run, shape, weight, run.cache_dir),
+            cost=layer_price(run, shape, weight),
             min_keep=run.config.min_keep,
         )
         release_unused()
@@ -111,9 +112,3 @@ def _with_bits(
         )
         release_unused()
     return widened
-
-
-def _cost(run: Run, shape: tuple[int, int], weight: Tensor, where: Path) -> Cost:
-    if run.config.budget == "latency":
-        return layer_times(shape, run.config.layout, dtype=weight.dtype, device=weight.device, cache_dir=where).cost
-    return layer_cost(run.config.budget, shape, run.config.layout, weight.element_size())

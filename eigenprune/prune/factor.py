@@ -5,6 +5,7 @@ from torch import nn
 
 from eigenprune.layers import dense_weight, low_rank_layers, replace_module_
 from eigenprune.memory import page_span, release_pages, release_unused
+from eigenprune.prune.channels import reduced_layers
 from eigenprune.prune.measure import Measured
 from eigenprune.prune.run import Run
 from eigenprune.spectral import Allocation, Decomposed, factor_sequentially_, layer_of_factors
@@ -13,7 +14,7 @@ from eigenprune.spectral import Allocation, Decomposed, factor_sequentially_, la
 def factor_(
     run: Run, dense: dict[str, nn.Module], found: Allocation, decomposed: Decomposed, measured: Measured
 ) -> None:
-    """Replace the `dense` layers that have a rank, in place.
+    """Replace the `dense` layers that have a rank, or lose channels, in place.
 
     Without `run.restore_on_error`, they are taken out of the dict one by one, so that their memory goes.
     """
@@ -31,6 +32,12 @@ def factor_(
             keep_dense=run.restore_on_error,
             progress=run.progress,
         )
+    for group, kept in found.kept.items():
+        own = {name: dense[name] if run.restore_on_error else dense.pop(name) for name in group.names}
+        for name, layer in reduced_layers(group, own, kept, found, run, measured):
+            replace_module_(run.model, name, layer)
+            ranks.pop(name, None)
+        release_unused()
     finished = low_rank_layers(run.model)
     for name in run.bar((name for name in ranks if name not in finished), "factors"):
         module = dense[name] if run.restore_on_error else dense.pop(name)

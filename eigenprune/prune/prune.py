@@ -20,7 +20,7 @@ from eigenprune.prune.layers_to_prune import drop_unmeasured, layers_to_prune
 from eigenprune.prune.measure import measure
 from eigenprune.prune.quantise import check_bits_possible, quantise
 from eigenprune.prune.run import Run
-from eigenprune.prune.savable import layer_reports, make_savable, model_size, settings
+from eigenprune.prune.savable import kept_shapes, layer_reports, make_savable, model_size, settings
 from eigenprune.recover import RecoveryAfterPruning
 from eigenprune.removal import TaskExamples
 from eigenprune.report import PruneReport
@@ -130,9 +130,10 @@ def _compress_(run: Run) -> PruneReport:
             # Not a copy where memory counts: a factored layer's weight must go.
             dense = dict(selection.chosen) if run.restore_on_error else selection.chosen
             factor_(run, dense, found, decomposed, measured)
+        kept = kept_shapes(model, {name: selection.shapes[name] for group in found.kept for name in group.names})
         facts = settings(config, run.allocation)
         report = PruneReport(
-            layers=tuple(layer_reports(selection, found.choices, config.layout)),
+            layers=tuple(layer_reports(selection, found.choices, config.layout, kept)),
             settings=facts if found.gap is None else facts | {"allocation_gap": found.gap},
             calibration={}
             if measured.statistics is None or not run.method.statistics

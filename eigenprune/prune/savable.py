@@ -10,7 +10,7 @@ from torch import nn
 
 from eigenprune.calibrate import SOURCES
 from eigenprune.config import EigenpruneConfig
-from eigenprune.layers import Selection, factored_parameters, low_rank_layers, tensor_bytes
+from eigenprune.layers import Selection, factored_parameters, layer_shape, low_rank_layers, tensor_bytes
 from eigenprune.report import LayerReport, PruneReport, base_facts, versions
 from eigenprune.spectral import Choice
 
@@ -22,17 +22,32 @@ def settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SETTINGS} | {"allocation": allocation, "skip": list(config.skip)}
 
 
-def layer_reports(selection: Selection, choices: Mapping[str, Choice], layout: str) -> Iterator[LayerReport]:
-    """One for every linear layer of the model."""
+def layer_reports(
+    selection: Selection, choices: Mapping[str, Choice], layout: str, kept: Mapping[str, tuple[int, int]]
+) -> Iterator[LayerReport]:
+    """One for every linear layer of the model; `kept` has the shape of what is left of those that lost channels."""
     for name, shape in selection.shapes.items():
         choice = choices.get(name)
+        left = kept.get(name, shape)
         if choice is None:
             yield LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], None, selection.skipped[name])
         elif choice.rank == 0:
-            yield LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], choice.loss, "worth all its cost")
+            reason = "channels removed" if name in kept else "worth all its cost"
+            parameters = left[0] * left[1]
+            yield LayerReport(name, shape, "dense", min(left), parameters, choice.loss, reason, None, kept.get(name))
         else:
-            parameters = factored_parameters(choice.rank, *shape, layout)
-            yield LayerReport(name, shape, layout, choice.rank, parameters, choice.loss)
+            parameters = factored_parameters(choice.rank, *left, layout)
+            yield LayerReport(name, shape, layout, choice.rank, parameters, choice.loss, "", None, kept.get(name))
+
+
+def kept_shapes(model: nn.Module, dense: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """(out, in) of the layers of `model` that have lost channels, given what they had."""
+    found = {}
+    for name, shape in dense.items():
+        now = layer_shape(model.get_submodule(name))
+        if now != shape:
+            found[name] = now
+    return found
 
 
 def make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneReport, biases: Sequence[str] = ()) -> None:
@@ -43,6 +58,7 @@ def make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneReport
     if not isinstance(model, PreTrainedModel):
         return
     modules = {name: [module.layout, module.rank] for name, module in low_rank_layers(model).items()}
+    shapes = {layer.name: [*layer.kept_shape, *layer.shape] for layer in report.layers if layer.kept_shape is not None}
     provenance = base_facts(model) | {"calibration": report.calibration, "keep": report.keep, "versions": versions()}
     names = [Path(text).name for text in config.texts or ()]
     if names and report.calibration.get("source") == ", ".join(names):  # and not texts or windows of the caller
@@ -53,6 +69,7 @@ def make_savable(model: nn.Module, config: EigenpruneConfig, report: PruneReport
         texts=None,
         calibration=source if source in SOURCES else None,
         modules=modules,
+        shapes=shapes,
         biases=biases,
         provenance=provenance,
         allocation=report.settings["allocation"],

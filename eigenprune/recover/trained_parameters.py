@@ -7,12 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from eigenprune.layers import low_rank_layers
+from eigenprune.layers import low_rank_layers, narrowed_layers
 
 
 def factors_and_vectors(model: nn.Module) -> list[str]:
-    """Names of the factors of all factored layers, and of all biases and norms."""
-    factors = {id(p) for layer in low_rank_layers(model).values() for p in layer.parameters()}
+    """Names of the weights of all layers that are factored or have lost channels, and of all biases and norms."""
+    pruned = low_rank_layers(model) | narrowed_layers(model)
+    factors = {id(p) for layer in pruned.values() for p in layer.parameters()}
     return [name for name, p in _numbers(model) if id(p) in factors or p.ndim <= 1]
 
 

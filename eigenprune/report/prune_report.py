@@ -19,6 +19,7 @@ class LayerReport:
         loss: estimated rise of the model's loss (nats per token for method `kfac`); None where nothing was estimated.
         reason: why it is dense, empty where it is not.
         bits: of its weight, 8 or 4; None for floating point.
+        kept_shape: (out, in) of what is left, where hidden channels were removed; None where all are there.
     """
 
     name: str
@@ -29,6 +30,7 @@ class LayerReport:
     loss: float | None = None
     reason: str = ""
     bits: int | None = None
+    kept_shape: tuple[int, int] | None = None
 
     @property
     def dense_parameters(self) -> int:

@@ -8,6 +8,9 @@ from rich.table import Table
 
 from eigenprune.report.prune_report import LayerReport, PruneReport
 
+# Whose estimated losses are in nats per token.
+LOSS_METHODS = ("kfac", "kfac-channels", "kfac-seq", "kfac-probe", "kfac-probe-seq")
+
 
 def layer_table(layers: Iterable[LayerReport]) -> Table:
     """One row a layer: shape, layout and rank, kept share, parameters, and the worth lost or why it is dense."""
@@ -20,7 +23,7 @@ def layer_table(layers: Iterable[LayerReport]) -> Table:
         lost = "" if layer.loss is None else f"{layer.loss:.2e}"
         table.add_row(
             layer.name,
-            f"{layer.shape[0]} x {layer.shape[1]}",
+            _sides(layer.shape) if layer.kept_shape is None else f"{_sides(layer.shape)} -> {_sides(layer.kept_shape)}",
             ("dense" if layer.layout == "dense" else f"{layer.layout} {layer.rank}")
             + (f" int{layer.bits}" if layer.bits else ""),
             f"{layer.parameters / layer.dense_parameters:.3f}",
@@ -42,18 +45,25 @@ def summary_table(report: PruneReport) -> Table:
         "method", ", ".join(f"{key} {value}" for key, value in report.settings.items() if value not in (None, [], ()))
     )
     table.add_row("layers", f"{factored} of {len(report.layers)} linear layers factored")
+    narrowed = sum(layer.kept_shape is not None for layer in report.layers)
+    if narrowed:
+        table.add_row("channels", f"removed from {narrowed} of them")
     table.add_row("keep", f"{report.keep:.4f} of their parameters (removed {1 - report.keep:.4f})")
     table.add_row("model", f"{before:,} -> {after:,} parameters ({after / before:.3f})")
     table.add_row("bytes", f"{bytes_before:,} -> {bytes_after:,} ({bytes_after / bytes_before:.3f})")
     if report.calibration:
         facts = report.calibration
         table.add_row("calibration", f"{facts['source']}: {facts['windows']} windows of {facts['window']} tokens")
-    if report.settings.get("method") in ("kfac", "kfac-seq", "kfac-probe", "kfac-probe-seq"):
+    if report.settings.get("method") in LOSS_METHODS:
         table.add_row("estimated loss", f"+{report.loss:.3f} nats per token")
     if report.recovery:
         table.add_row("recovery", _recovery(report.recovery))
     table.add_row("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items()))
     return table
+
+
+def _sides(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
 
 
 def _recovery(found: Mapping[str, Any]) -> str:

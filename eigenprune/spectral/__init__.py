@@ -10,10 +10,12 @@ from eigenprune.spectral.allocation import (
     allocate,
     solve_allocation,
 )
+from eigenprune.spectral.channels import ChannelPlan, channel_plans, reduced_weights
 from eigenprune.spectral.decompose import Components, Spectrum, components, spectrum
 from eigenprune.spectral.decomposed import MOST_BYTES, Decomposed, component_bytes
 from eigenprune.spectral.evidence import GRADIENTS, gather_evidence
 from eigenprune.spectral.factored import layer_of_factors
+from eigenprune.spectral.joint import JointOptions, joint_options
 from eigenprune.spectral.measure import method_statistics
 from eigenprune.spectral.methods import METHODS, WORTHS, Method, find_method
 from eigenprune.spectral.metric import Metric, layer_metric
@@ -44,11 +46,13 @@ __all__ = [
     "WORTHS",
     "Allocation",
     "AllocationRow",
+    "ChannelPlan",
     "Choice",
     "Components",
     "Cost",
     "Decomposed",
     "Evidence",
+    "JointOptions",
     "LayerView",
     "Method",
     "Metric",
@@ -57,6 +61,7 @@ __all__ = [
     "SlicePieces",
     "Spectrum",
     "allocate",
+    "channel_plans",
     "check_kinds",
     "component_bytes",
     "components",
@@ -65,6 +70,7 @@ __all__ = [
     "first_order_changes",
     "gather_evidence",
     "is_rotary",
+    "joint_options",
     "layer_cost",
     "layer_metric",
     "layer_of_factors",
@@ -77,6 +83,7 @@ __all__ = [
     "pivot_factors",
     "probed_scales",
     "rank_options",
+    "reduced_weights",
     "removed_output",
     "retained_beta",
     "scaled",

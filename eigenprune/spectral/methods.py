@@ -27,6 +27,7 @@ class Method:
             the inputs of the dense model.
         mend_residual: with a `shift`, layers that write to the residual stream also make up for what it has lost.
         probe: whether the estimated losses are scaled by what the model itself says, see `probed_scales`.
+        channels: whether whole hidden channels may go besides, see `remove_channels`.
     """
 
     input_metric: str
@@ -41,6 +42,7 @@ class Method:
     shift: float | str | None = None
     mend_residual: bool = False
     probe: bool = False
+    channels: bool = False
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -67,6 +69,13 @@ WORTHS = ("exact", "paper", "compat", "random", "smallest-sigma", "laser")
 
 METHODS: dict[str, Method] = {
     "kfac": Method("gram", "gram", "global", "the metric of KFAC-SVD (LEMS, 2026), with one global choice of ranks"),
+    "kfac-channels": Method(
+        "gram",
+        "gram",
+        "global",
+        "kfac, which also removes whole hidden channels of MLPs wherever that loses less than a lower rank",
+        channels=True,
+    ),
     "kfac-seq": Method(
         "gram",
         "gram",

@@ -133,17 +133,25 @@ def _input_root(method: Method, statistics: Statistics, layer: str, device: torc
     if method.input_metric == "fisher":  # FWSVD, arXiv 2207.00112: the roots of the columns' Fisher information
         square = statistics.weight_gradient_square(layer).to(device).double()
         return Root(scale=square.clamp_min(1e-12 * square.max().clamp_min(1e-30)).sqrt())
-    gram = statistics.input_gram(layer).to(device)
-    fixed = method.shrink_input
-    amount = default_shrinkage(statistics.facts.tokens, INPUT_REFERENCE) if fixed is None else fixed
-    return square_root(shrink(gram, amount))
+    return square_root(input_gram(method, statistics, layer, device))
 
 
 def output_root(method: Method, statistics: Statistics, layer: str, device: torch.device | str) -> Root:
     """The output side of `layer_metric`."""
     if method.output_metric == "none":
         return Root()
-    gram = statistics.output_gram(layer).to(device)
+    return square_root(output_gram(method, statistics, layer, device))
+
+
+def input_gram(method: Method, statistics: Statistics, layer: str, device: torch.device | str) -> Tensor:
+    """C [in, in] float64, shrunk as `method` has it, for an input metric of `gram`."""
+    fixed = method.shrink_input
+    amount = default_shrinkage(statistics.facts.tokens, INPUT_REFERENCE) if fixed is None else fixed
+    return shrink(statistics.input_gram(layer).to(device), amount)
+
+
+def output_gram(method: Method, statistics: Statistics, layer: str, device: torch.device | str) -> Tensor:
+    """F [out, out] float64, shrunk as `method` has it, for an output metric of `gram`."""
     fixed = method.shrink_output
     amount = default_shrinkage(statistics.facts.output_tokens, OUTPUT_REFERENCE) if fixed is None else fixed
-    return square_root(shrink(gram, amount))
+    return shrink(statistics.output_gram(layer).to(device), amount)

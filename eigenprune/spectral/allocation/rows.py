@@ -2,8 +2,11 @@
 """The table of allocations, and the way in."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from eigenprune.calibrate import ChannelGroup
 from eigenprune.errors import BudgetError, ConfigError
 from eigenprune.spectral.allocation.case import Case, Evidence
 from eigenprune.spectral.allocation.heap import least_change, zero_sum
@@ -37,10 +40,12 @@ class Allocation:
     Attributes:
         choices: by name.
         bound: what no choice within the budget can lose less than, proven; None where no loss was minimised.
+        kept: of each channel group that loses some, the channels that stay, [k] int64.
     """
 
     choices: dict[str, Choice]
     bound: float | None = None
+    kept: dict[ChannelGroup, Tensor] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
