@@ -72,7 +72,7 @@ def all_rows() -> Iterator[Row]:
         for method, own in METHODS.items()
         if own.removal is None and own.worth != "importance"  # these need a task, or a LoRA
         for layout in LAYOUTS
-        for allocation in dict.fromkeys([own.allocation, *SHARED_ALLOCATIONS])
+        for allocation in dict.fromkeys([own.allocation, *(() if own.channels else SHARED_ALLOCATIONS)])
         for keep in KEEP
     ]
     rest += [Row("wikitext2", "kfac", "pivot", allocation, keep) for allocation in ALLOCATIONS for keep in KEEP]

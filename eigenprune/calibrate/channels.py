@@ -7,9 +7,9 @@ The MLP of a transformer is such a place: entry j of what `down_proj` reads depe
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from eigenprune.calibrate.objective import model_inputs
 from eigenprune.layers import dense_weight
 
 TOKENS = 32  # that the model is asked on
-EQUAL = 1e-3  # relative; where entries do mix, the difference is of the size of the input itself
+EQUAL = 1e-3  # relative: far above rounding, and far below what the absence of half of the channels does where they mix
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class ChannelGroup:
 def channel_groups(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.Module]) -> list[ChannelGroup]:
     """The groups among `layers`, in the order in which they run; no layer is in two of them.
 
-    A candidate is a layer with the layers of one input that run just before it, if they write as much as it reads. All
-    candidates are tried at once: the outputs of the producers are put in another order and the input of the consumer
-    back in the old one. Where no channel meets another, nothing changes, in any layer. What does not pass is dropped,
-    with all candidates of the same names but for numbers, and the rest is tried again.
+    A candidate is a layer with those layers of one input, run just before it, that write as much as it reads. It is
+    tried by taking away one half of the channels, drawn at random, from the outputs of the producers: the consumer must
+    then read the other half, as it was; and if it is given all of it, the model must say what it said. Candidates of
+    the same names but for numbers are tried, and pass, together.
 
     Args:
         model: a transformers model; it ends as it was.
@@ -53,22 +53,87 @@ def channel_groups(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.Mo
     model.eval()
     try:
         with torch.no_grad():
-            plain, order = _consumer_inputs(model, ids, layers, [])
-            left = _candidates(layers, shared_inputs(model, ids, layers), order)
-            while left:
-                moved, _ = _consumer_inputs(model, ids, layers, left)
-                broken = next((group for group in left if not _same(moved, plain, group.consumer)), None)
-                if broken is None:
-                    return _apart(left) if _same(moved, plain, "") else []
-                left = [group for group in left if _pattern(group) != _pattern(broken)]
+            plain = _run(model, ids, layers)
+            by_pattern: dict[tuple[str, ...], list[ChannelGroup]] = {}
+            for group in _candidates(layers, shared_inputs(model, ids, layers), plain.order):
+                by_pattern.setdefault(_pattern(group), []).append(group)
+            found = [groups for groups in by_pattern.values() if _passes(model, ids, layers, groups, plain)]
     finally:
         for module, flag in training.items():
             module.training = flag
-    return []
+    passed = [group for groups in found for group in groups]
+    return _apart(sorted(passed, key=lambda group: plain.order.index(group.consumer)))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of one run: what each layer read at each of its calls, and what the model gave."""
+
+    read: dict[str, list[Tensor]]
+    output: Tensor
+
+    @property
+    def order(self) -> list[str]:
+        """The layers, as they first ran."""
+        return list(self.read)
+
+
+def _run(model: nn.Module, ids: Tensor, layers: Mapping[str, nn.Module], handles: Sequence[Any] = ()) -> _Seen:
+    """Run with hooks that are there already, and remove them."""
+    read: dict[str, list[Tensor]] = {}
+    watching = [module.register_forward_pre_hook(_reader(name, read)) for name, module in layers.items()]
+    try:
+        output = model(**model_inputs(model, ids))
+    finally:
+        for handle in (*handles, *watching):
+            handle.remove()
+    return _Seen(read, output[0])
+
+
+def _passes(
+    model: nn.Module, ids: Tensor, layers: Mapping[str, nn.Module], groups: Sequence[ChannelGroup], plain: _Seen
+) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    handles, verdicts = [], list[bool]()
+    for group in groups:
+        width = dense_weight(layers[group.consumer]).shape[1]
+        kept = torch.randperm(width, generator=generator)[: width // 2].to(ids.device)
+        handles += [layers[name].register_forward_hook(_taker(kept)) for name in group.producers]
+        before = iter(plain.read[group.consumer])
+        handles.append(layers[group.consumer].register_forward_pre_hook(_judge(kept, before, verdicts)))
+    try:
+        moved = _run(model, ids, layers, handles)
+    except (RuntimeError, ValueError, IndexError):  # something between them counts on the number of channels
+        return False
+    return bool(verdicts) and all(verdicts) and _equal(moved.output, plain.output)
+
+
+def _taker(kept: Tensor) -> Callable[..., Tensor]:
+    """Leaves the channels `kept` of the output of a layer."""
+    return lambda _module, _args, output: output.index_select(-1, kept)
+
+
+def _judge(kept: Tensor, before: Iterator[Tensor], verdicts: list[bool]) -> Callable[..., tuple[Any, ...]]:
+    """Says whether the channels `kept` of what was read `before` are read, which it then hands on as a whole."""
+
+    def judge(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        old = next(before, None)
+        if old is None:
+            verdicts.append(False)
+            return args
+        wanted = old.index_select(-1, kept)
+        verdicts.append(args[0].shape == wanted.shape and _equal(args[0], wanted))
+        return (old, *args[1:])
+
+    return judge
+
+
+def _equal(found: Tensor, wanted: Tensor) -> bool:
+    return float((found - wanted).float().norm()) <= EQUAL * float(wanted.float().norm())
 
 
 def _candidates(layers: Mapping[str, nn.Module], groups: Mapping[str, str], order: list[str]) -> list[ChannelGroup]:
-    """Layers as they ran, each with the whole input group of the one before, where the sizes agree."""
+    """Layers as they ran, each with those that read what the one before reads, and write as much as it reads."""
     members: dict[str, list[str]] = {}
     for layer, leader in groups.items():
         members.setdefault(leader, []).append(layer)
@@ -77,10 +142,9 @@ def _candidates(layers: Mapping[str, nn.Module], groups: Mapping[str, str], orde
     for before, layer in itertools.pairwise(order):
         if before not in groups or layer not in groups or groups[before] == groups[layer]:
             continue
-        producers = tuple(members[groups[before]])
         width = dense_weight(layers[layer]).shape[1]
-        fits = all(dense_weight(layers[name]).shape[0] == width for name in producers)
-        if fits and not taken.intersection(producers):
+        producers = tuple(name for name in members[groups[before]] if dense_weight(layers[name]).shape[0] == width)
+        if before in producers and not taken.intersection(producers):
             found.append(ChannelGroup(producers, layer))
             taken.update(producers)
     return found
@@ -95,54 +159,9 @@ def _apart(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     return found
 
 
-def _consumer_inputs(
-    model: nn.Module, ids: Tensor, layers: Mapping[str, nn.Module], groups: list[ChannelGroup]
-) -> tuple[dict[str, list[Tensor]], list[str]]:
-    """What every layer reads, and the model gives (under ""), with the channels of `groups` in another order between
-    producers and consumer; and the layers in the order in which they first ran."""
-    read: dict[str, list[Tensor]] = {}
-    generator = torch.Generator().manual_seed(0)
-    handles = []
-    for group in groups:
-        width = dense_weight(layers[group.consumer]).shape[1]
-        shuffled = torch.randperm(width, generator=generator).to(ids.device)
-        handles += [layers[name].register_forward_hook(_reordered_output(shuffled)) for name in group.producers]
-        handles.append(layers[group.consumer].register_forward_pre_hook(_reordered_input(shuffled.argsort())))
-    handles += [module.register_forward_pre_hook(_reader(name, read)) for name, module in layers.items()]
-    with _removed_at_the_end(handles):
-        output = model(**model_inputs(model, ids))
-    order = list(read)
-    read[""] = [output[0]]
-    return read, order
-
-
-def _same(found: Mapping[str, list[Tensor]], wanted: Mapping[str, list[Tensor]], name: str) -> bool:
-    pairs = zip(found.get(name, []), wanted[name], strict=False)
-    return len(found.get(name, [])) == len(wanted[name]) and all(
-        a.shape == b.shape and float((a - b).float().norm()) <= EQUAL * float(b.float().norm()) for a, b in pairs
-    )
-
-
 def _pattern(group: ChannelGroup) -> tuple[str, ...]:
     return tuple(re.sub(r"\d+", "N", name) for name in group.names)
 
 
-def _reordered_output(order: Tensor) -> Callable[..., Tensor]:
-    return lambda _module, _args, output: output.index_select(-1, order)
-
-
-def _reordered_input(order: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda _module, args: (args[0].index_select(-1, order), *args[1:])
-
-
 def _reader(name: str, read: dict[str, list[Tensor]]) -> Callable[..., None]:
     return lambda _module, args: read.setdefault(name, []).append(args[0].detach())
-
-
-@contextmanager
-def _removed_at_the_end(handles: list[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -99,7 +99,8 @@ def random(data: dict[str, Tensor]) -> Tensor:
 
 
 # `zs` truncates as SVD-LLM and `io` as KFAC-SVD, with another F: their choice of ranks is in
-# test_published_allocations.py, and the curvature of `io` in tests/calibrate/test_curvature.py.
+# test_published_allocations.py, and the curvature of `io` in tests/calibrate/test_curvature.py. The channels of
+# `kfac-channels` are in test_channels.py.
 LITERAL = {
     "svd": svd,
     "random": random,
@@ -110,9 +111,13 @@ LITERAL = {
     "swift": swift,
     "zs": svd_llm,
     "kfac": kfac,
+    "kfac-channels": kfac,
     "io": kfac,
 }
-SAME = [{"svd-llm", "svd-llm-v2", "swift", "zs"}, {"kfac", "io"}]  # one optimum, written in several ways
+SAME = [
+    {"svd-llm", "svd-llm-v2", "swift", "zs"},
+    {"kfac", "kfac-channels", "io"},
+]  # one optimum, written in several ways
 # These run the model again; their formulas are written out in test_shifted, test_sequential and test_probe_scale.
 IN_STEPS = {"kfac-seq", "kfac-probe", "kfac-probe-seq", "aa-svd", "saes", "dobi-closed"}
 # What they are made of is told by the tests of their parts: removal, and the gradients of a LoRA.
@@ -159,6 +164,7 @@ def test_data_changes_what_is_kept(data: dict[str, Tensor]) -> None:
 def test_rows_name_what_they_need_and_an_allocation_that_exists() -> None:
     assert {name: row.statistics for name, row in METHODS.items() if name not in IN_STEPS | ELSEWHERE} == {
         "kfac": ("input_gram", "output_gram"),
+        "kfac-channels": ("input_gram", "output_gram"),
         "io": ("input_gram", "output_gram"),
         "zs": ("input_gram",),
         "svd-llm": ("input_gram",),
