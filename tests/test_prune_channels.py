@@ -97,6 +97,22 @@ def test_nothing_is_lost_where_everything_is_kept() -> None:
     assert close(logits(model), wanted)
 
 
+def test_channels_that_nothing_reads_go_first_and_nothing_changes() -> None:
+    model = tiny_model("gpt2")
+    generator = torch.Generator().manual_seed(3)
+    dead = 0
+    for block in model.transformer.h:
+        gone = torch.randperm(256, generator=generator)[:64]
+        block.mlp.c_proj.weight.data[gone] = 0  # a Conv1D: [in, out]
+        dead += 2 * 64 * len(gone)
+    wanted = logits(model)
+    linear = sum(layer.weight.numel() for layer in select_layers(model).chosen.values())
+    # Ranks of 64 are none for layers of width 64, so that channels alone can go.
+    report = pruned_by(model, method=METHOD, keep=(linear - dead) / linear, rank_multiple=64)
+    assert [layer.kept_shape for layer in report.layers if layer.kept_shape] == [(192, 64), (64, 192)] * 2
+    assert close(logits(model), wanted)
+
+
 @pytest.mark.parametrize("budget", ["parameters", "bytes", "flops"])
 def test_budget_is_met(budget: str) -> None:
     report = pruned_by(tiny_model("gpt2"), method=METHOD, keep=0.55, budget=budget, rank_multiple=1)
