@@ -23,7 +23,8 @@ namespace {
 
 constexpr int64_t kMaxUnitRows = 132;      // a multiple of the six vectors that the kernels take side by side
 constexpr int64_t kMaxUnitColumns = 64;    // with 132 rows of float, the size of a level-1 cache
-constexpr int64_t kFewUnits = 16;          // with fewer, threads would end too far apart
+constexpr int64_t kUnitsPerThread = 4;     // with fewer, threads would end too far apart
+constexpr int64_t kFewUnits = 16;          // whatever the number of threads; blocks of half the width are slower
 constexpr int64_t kUnitBytes = 1 << 15;    // of weights that a thread takes at a time; about a microsecond's worth
 constexpr int64_t kSerialBytes = 1 << 16;  // below this, waking a thread costs more than it brings
 
@@ -34,14 +35,17 @@ struct Unit {
   int64_t weight_begin, weight_end;  // rows of the weight
 };
 
-void cut_units(std::vector<Unit>& units, size_t layer, int64_t rows, int64_t weight_rows, int64_t weight_row_bytes) {
+void cut_units(
+    std::vector<Unit>& units, size_t layer, int64_t rows, int64_t weight_rows, int64_t weight_row_bytes,
+    int64_t threads) {
   int64_t columns = kMaxUnitColumns, block = rows;
   if (rows <= kMaxDotRows) {
     columns = std::clamp<int64_t>(kUnitBytes / std::max<int64_t>(1, weight_row_bytes) / 4 * 4, 4, kMaxUnitColumns);
   } else {
     const int64_t blocks = (rows + kMaxUnitRows - 1) / kMaxUnitRows;
     block = std::min(kMaxUnitRows, ((rows + blocks - 1) / blocks + 5) / 6 * 6);
-    if ((weight_rows + columns - 1) / columns * blocks < kFewUnits) columns /= 2;
+    const int64_t enough = std::min(kFewUnits, kUnitsPerThread * threads);
+    if (threads > 1 && (weight_rows + columns - 1) / columns * blocks < enough) columns /= 2;
   }
   for (int64_t begin = 0; begin == 0 || begin < weight_rows; begin += columns) {
     for (int64_t row = 0; row < rows; row += block) {
@@ -75,13 +79,14 @@ class FactoredLinear {
         in_(in),
         layers_(layers) {
     int64_t ranks = 0;
+    const int64_t threads = torch::stable::get_num_threads();
     for (size_t i = 0; i < layers.size(); ++i) {
       const FactoredLayer& layer = layers[i];
       z_offsets_.push_back(rows * ranks);
       ranks += layer.rank;
       weight_bytes_ += (layer.rank * in + layer.left_rows() * layer.rank) * kSize;
-      cut_units(right_units_, i, rows, layer.rank, in * kSize);
-      cut_units(left_units_, i, rows, layer.left_rows(), layer.rank * kSize);
+      cut_units(right_units_, i, rows, layer.rank, in * kSize, threads);
+      cut_units(left_units_, i, rows, layer.left_rows(), layer.rank * kSize, threads);
     }
     sums_.reset(new float[rows * ranks]);
     if constexpr (!std::is_same_v<X, float>) rounded_.reset(new X[rows * ranks]);
