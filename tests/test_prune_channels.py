@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from eigenprune import EigenpruneConfig, PruneReport, prune_, save_model
 from eigenprune.calibrate import collect_statistics
 from eigenprune.errors import CheckpointError, ConfigError
+from eigenprune.hub import build_card
 from eigenprune.hub.facts import read_facts
 from eigenprune.layers import layer_shape, low_rank_layers, narrowed_layers, select_layers
 from eigenprune.recover import recover_
@@ -255,3 +256,9 @@ def test_inspection_shows_both_shapes(folder: Path) -> None:
     narrowed = [layer for layer in layers if layer.kept_shape is not None]
     assert narrowed
     assert all(layer.kept_shape != layer.shape and layer.parameters < layer.dense_parameters for layer in narrowed)
+
+
+def test_card_says_how_many_channels_are_left(folder: Path) -> None:
+    card = build_card(folder, "me/gpt2-channels")
+    kept = sum(entry[0] for name, entry in read_facts(folder).config.shapes.items() if name.endswith("c_fc"))
+    assert f"{kept} of 512 kept in the 2 layers that lost some" in card

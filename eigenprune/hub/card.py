@@ -233,6 +233,7 @@ def _making(facts: CheckpointFacts, pruned_from: str) -> list[list[str]]:
         ["revision of the base", code(base_revision(facts)) if base_revision(facts) else ""],
         ["method", f"{code(config.method)}, {ranks}"],
         ["stored as", f"{code(config.layout)} factors, {DTYPES.get(facts.dtype, 'mixed types')}"],
+        ["hidden channels", _channels(config.shapes)],
         ["quantised", _quantised(config.quantized)],
         ["budget", budget],
         ["layers left dense on request", ", ".join(code(pattern) for pattern in config.skip)],
@@ -243,6 +244,13 @@ def _making(facts: CheckpointFacts, pruned_from: str) -> list[list[str]]:
         ["versions", version_list(config.provenance.get("versions"))],
     ]
     return [row for row in rows if row[1]]
+
+
+def _channels(shapes: Mapping[str, list[int]]) -> str:
+    """How many of them are left in the layers that write them; nothing where all are."""
+    narrowed = [(out, before) for out, _, before, _ in shapes.values() if out < before]
+    kept, all_of_them = (sum(sides) for sides in zip(*narrowed, strict=True)) if narrowed else (0, 0)
+    return f"{kept:,} of {all_of_them:,} kept in the {len(narrowed)} layers that lost some" if narrowed else ""
 
 
 def _quantised(entries: Mapping[str, list[int]]) -> str:

@@ -26,9 +26,9 @@ from tests.helpers.tiny_models import logits, tiny_model, token_windows
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 KINDS = {
-    "llama": ("pivot", "AutoModelForCausalLM"),
-    "gpt2": ("pivot", "AutoModelForCausalLM"),
-    "bert": ("pair", "AutoModelForMaskedLM"),
+    "llama": ("pivot", "AutoModelForCausalLM", "kfac"),
+    "gpt2": ("pivot", "AutoModelForCausalLM", "kfac-channels"),
+    "bert": ("pair", "AutoModelForMaskedLM", "kfac"),
 }
 # What a reader without the package runs. None in sys.modules makes its import fail; the checkout is not on the path.
 READER = """
@@ -57,9 +57,9 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
     found = {}
-    for kind, (layout, _) in KINDS.items():
+    for kind, (layout, _, method) in KINDS.items():
         model = tiny_model(kind)
-        prune_(model, EigenpruneConfig(keep=0.6, layout=layout), windows=token_windows(), progress=False)
+        prune_(model, EigenpruneConfig(keep=0.6, layout=layout, method=method), windows=token_windows(), progress=False)
         folder = tmp_path_factory.mktemp("modeling") / kind
         found[kind] = model, save_model(model, folder, remote_code=True)
     return found
