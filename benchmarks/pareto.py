@@ -47,6 +47,8 @@ STYLES = {  # family: (colour, marker)
     "pair int8": ("#e59866", "v"),
     "pivot int4": ("#2e8b57", "o"),
     "pair int4": ("#82c99d", "v"),
+    "channels bf16": ("#16a085", "o"),
+    "channels int8": ("#d4ac0d", "o"),
     "recovered bf16": ("#2c6fbb", "D"),
     "recovered int8": ("#c0392b", "D"),
     "ranks and bits together": ("#8e44ad", "*"),
@@ -55,8 +57,8 @@ STYLES = {  # family: (colour, marker)
 
 @dataclass(frozen=True)
 class Row:
-    """One model: `layout` dense, pair, pivot, or recovered: a pruned model that recovery.py has saved; `bits` 0 for
-    bfloat16; `keep` a fraction of what `budget` counts.
+    """One model: `layout` dense, pair, pivot, channels (pivot, by `kfac-channels`), or recovered: a pruned model that
+    recovery.py has saved; `bits` 0 for bfloat16; `keep` a fraction of what `budget` counts.
     """
 
     layout: str
@@ -101,6 +103,10 @@ ROWS = (  # in the order in which they are wanted
     Row("pivot", 0, 0.3),  # the bytes of int8 at 0.6
     Row("pivot", 8, 0.9),
     Row("pivot", 0, 0.9),
+    Row("channels", 8, 0.9),
+    Row("channels", 8, 0.8),
+    Row("channels", 8, 0.6),
+    Row("channels", 0, 0.6),
     Row("recovered", 0, 0.8),
     Row("recovered", 8, 0.8),
     Row("recovered", 0, 0.6),
@@ -131,7 +137,14 @@ class Models:
     def _prune(self, row: Row, folder: Path) -> None:
         model = copy.deepcopy(self.bench.model)
         bits = "auto" if row.bits == "auto" else None
-        config = EigenpruneConfig(keep=row.keep, layout=row.layout, budget=row.budget, bits=bits)
+        channels = row.layout == "channels"
+        config = EigenpruneConfig(
+            keep=row.keep,
+            method="kfac-channels" if channels else "kfac",
+            layout="pivot" if channels else row.layout,
+            budget=row.budget,
+            bits=bits,
+        )
         windows = self.bench.calibration_windows("wikitext2")
         report = prune_(model, config, windows=windows, cache_dir=default_cache_dir(), progress=False)
         save_model(model, folder, report=report)

@@ -56,7 +56,8 @@ def prune_(
     With a method that removes components for a task (`eigenprune`), those go first, under the guard of a retention set
     (see `remove_`); what is left is then compressed to `config.keep`, where that is below 1.
 
-    Memory: the model, the statistics (see `collect_statistics`), and float64 copies of the layer at work. With
+    Memory: the model, the statistics (see `collect_statistics`), and float64 copies of the layer at work (with
+    `kfac-channels`: of the layers of one MLP, and of their Grams). With
     `restore_on_error`, the dense weights too until the last layer is done.
 
     Args:
