@@ -25,18 +25,18 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 
 @dataclass(frozen=True)
 class FactoredLayer:
-    """One pruned layer: its name, (out, in) of the dense weight, layout, rank, and (out, in) without lost channels."""
+    """One pruned layer: its name, (out, in) of the dense weight, layout, rank, and, if it lost channels, (out, in) now."""
 
     name: str
     shape: tuple[int, int]
     layout: str
     rank: int
-    kept_shape: tuple[int, int]
+    kept_shape: tuple[int, int] | None = None
 
     @property
     def parameters(self) -> int:
         """Of the factors."""
-        return factored_parameters(self.rank, *self.kept_shape, self.layout)
+        return factored_parameters(self.rank, *(self.kept_shape or self.shape), self.layout)
 
     @property
     def kept(self) -> float:
@@ -212,4 +212,6 @@ def _layer(
     if not agree:
         raise CheckpointError(f"the weight files hold no factors of {name} with rank {rank}, as config.json says")
     kept = (out_features, right[1])
-    return FactoredLayer(name, kept if sides is None else (sides[2], sides[3]), layout, rank, kept)
+    if sides is None:
+        return FactoredLayer(name, kept, layout, rank)
+    return FactoredLayer(name, (sides[2], sides[3]), layout, rank, kept)
