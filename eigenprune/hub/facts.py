@@ -25,7 +25,7 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 
 @dataclass(frozen=True)
 class FactoredLayer:
-    """One pruned layer: its name, (out, in) of the dense weight, layout, rank, and, if it lost channels, (out, in) now."""
+    """One pruned layer: name, (out, in) of the dense weight, layout, rank, and, if it lost channels, (out, in) now."""
 
     name: str
     shape: tuple[int, int]
