@@ -6,6 +6,7 @@ of them (one in 16 held out for the divergence); perplexity on the 24 windows of
 in a work folder on the way: the same command goes on after an interrupt.
 
     python benchmarks/recovery.py --keep 0.8 --method distil --windows 192 --rate 4e-5
+    python benchmarks/recovery.py --keep 0.6 --pruning kfac-channels --rate 1.5e-4
     python benchmarks/recovery.py --table              # print the rows kept so far as a Markdown table
 """
 
@@ -125,7 +126,7 @@ def main() -> None:
     """Measure one row, or print all."""
     parser = command_line(__doc__, RESULTS)
     parser.add_argument("--keep", type=float, default=0.8)
-    parser.add_argument("--pruning", default="kfac-channels", help="the method by which it was pruned")
+    parser.add_argument("--pruning", default="kfac", help="the method by which it was pruned")
     parser.add_argument("--method", choices=sorted(RECOVERIES), default="distil")
     parser.add_argument("--windows", type=int, default=192, help="of 1024 tokens")
     parser.add_argument("--rate", type=float)

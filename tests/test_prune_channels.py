@@ -16,8 +16,9 @@ from eigenprune.calibrate import collect_statistics
 from eigenprune.errors import CheckpointError, ConfigError
 from eigenprune.hub import build_card
 from eigenprune.hub.facts import read_facts
-from eigenprune.layers import layer_shape, low_rank_layers, narrowed_layers, select_layers
+from eigenprune.layers import layer_shape, low_rank_layers, select_layers
 from eigenprune.recover import recover_
+from eigenprune.recover.trained_parameters import narrowed_layers
 from tests.helpers.compare import tensor_hash
 from tests.helpers.pruned import picture, pruned_by
 from tests.helpers.reload import reload_in_new_process

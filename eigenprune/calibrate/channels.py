@@ -47,15 +47,19 @@ def channel_groups(model: nn.Module, windows: Tensor, layers: Mapping[str, nn.Mo
         model: a transformers model; it ends as it was.
         windows: [windows, window] int64 token ids, of which a few are read.
         layers: dense, by name.
+
+    Raises:
+        CalibrationError: the model cannot run on token ids alone.
     """
     ids = windows[:1, :TOKENS].to(next(model.parameters()).device)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
+            inputs = shared_inputs(model, ids, layers)
             plain = _run(model, ids, layers)
             by_pattern: dict[tuple[str, ...], list[ChannelGroup]] = {}
-            for group in _candidates(layers, shared_inputs(model, ids, layers), plain.order):
+            for group in _candidates(layers, inputs, plain.order):
                 by_pattern.setdefault(_pattern(group), []).append(group)
             found = [groups for groups in by_pattern.values() if _passes(model, ids, layers, groups, plain)]
     finally:

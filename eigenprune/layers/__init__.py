@@ -14,7 +14,7 @@ from eigenprune.layers.quantised import (
     tensor_bytes,
 )
 from eigenprune.layers.select import Selection, select_layers
-from eigenprune.layers.swap import low_rank_layers, narrowed_layers, replace_module_, to_dense_
+from eigenprune.layers.swap import low_rank_layers, replace_module_, to_dense_
 from eigenprune.layers.undo import undo_on_error, weights_kept
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "is_quantised",
     "layer_shape",
     "low_rank_layers",
-    "narrowed_layers",
     "plain_values",
     "quantised_bits",
     "quantised_bytes",

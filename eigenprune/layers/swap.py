@@ -19,12 +19,6 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
-def narrowed_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of `model` that have lost hidden channels, by name, as the config says by which it is saved."""
-    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    return {name: model.get_submodule(name) for name in getattr(config, "shapes", {})}
-
-
 def to_dense_(model: nn.Module) -> nn.Module:
     """Multiply every factored layer of `model` out, in place: `nn.Linear` or `Conv1D` again, as it was before.
 

@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,5 +110,8 @@ def _price(run: Run, weights: Mapping[str, Tensor], name: str, shape: tuple[int,
 
 
 def _ids(model: nn.Module, measured: Measured) -> Tensor:
-    """Token ids [1, window]: any do, so the smallest ones where no text was read."""
-    return torch.arange(8, 40).unsqueeze(0) if measured.windows is None else measured.windows
+    """Token ids [windows, window]: any do, so the smallest ones where no text was read."""
+    if measured.windows is not None:
+        return measured.windows
+    config: Any = getattr(model, "config", None)
+    return torch.arange(32).unsqueeze(0) % (32 if config is None else config.get_text_config().vocab_size)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from eigenprune.layers import low_rank_layers, narrowed_layers
+from eigenprune.layers import low_rank_layers
 
 
 def factors_and_vectors(model: nn.Module) -> list[str]:
@@ -15,6 +15,12 @@ def factors_and_vectors(model: nn.Module) -> list[str]:
     pruned = low_rank_layers(model) | narrowed_layers(model)
     factors = {id(p) for layer in pruned.values() for p in layer.parameters()}
     return [name for name, p in _numbers(model) if id(p) in factors or p.ndim <= 1]
+
+
+def narrowed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that have lost hidden channels, by name, as the config says by which it is saved."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return {name: model.get_submodule(name) for name in getattr(config, "shapes", {})}
 
 
 def vectors(model: nn.Module) -> list[str]:

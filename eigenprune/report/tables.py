@@ -7,9 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from eigenprune.report.prune_report import LayerReport, PruneReport
-
-# Whose estimated losses are in nats per token.
-LOSS_METHODS = ("kfac", "kfac-channels", "kfac-seq", "kfac-probe", "kfac-probe-seq")
+from eigenprune.spectral import METHODS
 
 
 def layer_table(layers: Iterable[LayerReport]) -> Table:
@@ -54,7 +52,8 @@ def summary_table(report: PruneReport) -> Table:
     if report.calibration:
         facts = report.calibration
         table.add_row("calibration", f"{facts['source']}: {facts['windows']} windows of {facts['window']} tokens")
-    if report.settings.get("method") in LOSS_METHODS:
+    method = METHODS.get(str(report.settings.get("method")))
+    if method is not None and method.output_metric == "gram":  # else the losses have no unit of their own
         table.add_row("estimated loss", f"+{report.loss:.3f} nats per token")
     if report.recovery:
         table.add_row("recovery", _recovery(report.recovery))

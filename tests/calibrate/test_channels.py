@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenprune.calibrate import ChannelGroup, channel_groups
+from eigenprune.errors import CalibrationError
 from eigenprune.layers import select_layers
 from tests.helpers.pruned import picture
 from tests.helpers.tiny_models import tiny_model, token_windows
@@ -84,6 +85,12 @@ def test_skipped_layers_are_in_no_group() -> None:
     groups = channel_groups(model, token_windows(), layers)
     # A channel of `gate_proj` alone cannot go: that of `up_proj` would be left behind.
     assert all("layers.0" not in group.consumer for group in groups)
+
+
+def test_model_that_does_not_run_on_tokens_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with pytest.raises(CalibrationError, match="token ids alone"):
+        channel_groups(model, token_windows(), dict(model.named_children()))
 
 
 def test_training_mode_comes_back() -> None:
