@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from eigenprune import EigenpruneConfig, PruneReport, prune_, save_model
 from eigenprune.calibrate import collect_statistics
@@ -131,6 +137,23 @@ def test_statistics_alone_suffice() -> None:
     other = prune_(by_statistics, config, statistics=statistics, progress=False)
     assert [layer.kept_shape for layer in other.layers] == [layer.kept_shape for layer in report.layers]
     assert close(logits(by_statistics), logits(by_windows))  # components kept on disk are float32
+
+
+def test_statistics_alone_suffice_for_the_smallest_vocabulary() -> None:
+    settings = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=5, hidden_size=32, intermediate_size=64, **settings)).eval()
+    windows = token_windows() % 5
+    statistics = collect_statistics(model, windows, select_layers(model).chosen, progress=False)
+    report = prune_(model, EigenpruneConfig(keep=0.4, method=METHOD), statistics=statistics, progress=False)
+    assert any(layer.kept_shape for layer in report.layers)
+
+
+@pytest.mark.parametrize(
+    "sides", [[9, 8, 8, 8], [8, 9, 8, 8], [0, 8, 8, 8], [8, -1, 8, 8], [8, 8, 8], [8, 8, 8, 2**40]]
+)
+def test_impossible_shapes_are_no_config(sides: list[int]) -> None:
+    with pytest.raises(ConfigError, match="shapes"):
+        EigenpruneConfig(shapes={"layer": sides})
 
 
 @pytest.mark.parametrize(
