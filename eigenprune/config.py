@@ -36,6 +36,9 @@ class EigenpruneConfig(QuantizationConfigMixin):
         budget: what `keep` is a fraction of: `parameters` (default), `bytes`, `flops` (multiplications and additions a
             token), or `latency`, the time of the layers on one token, measured on this machine.
         min_keep: no layer keeps a smaller fraction of its parameters than this; 0 sets no limit.
+        faster_at: numbers of tokens in one call, such as (1, 512): a rank at which a factored layer is slower than the
+            dense one at any of them, measured on this machine in the dtype of the weights, is not chosen. The budget
+            is met by other ranks and layers, and a layer without any rank left stays dense. () does not look.
         method: a row of the method table: `kfac` (default), and the published ones. All but the baselines `svd` and
             `random` measure the model on text; these are no usable methods for language models.
         layout: `pivot` (default) or `pair`, see `LowRankLinear`.
@@ -83,6 +86,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
     rank_multiple: int = 8
     budget: str = "parameters"
     min_keep: float = 0.0
+    faster_at: Sequence[int] = ()
     skip: Sequence[str] = ()
     texts: Sequence[str | PathLike[str]] | None = None
     prior: float = 0.0
@@ -124,6 +128,7 @@ class EigenpruneConfig(QuantizationConfigMixin):
             raise ConfigError(f"min_keep={self.min_keep!r} must be in [0, 1]: the least fraction that a layer keeps")
         if isinstance(self.prior, bool) or not isinstance(self.prior, int | float) or not 0 <= self.prior <= 1:
             raise ConfigError(f"prior={self.prior!r} must be in [0, 1]: the part that random tokens make up")
+        self.faster_at = _token_counts(self.faster_at)
         for name in ("rank_multiple", "windows", "window"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")
@@ -229,6 +234,9 @@ class EigenpruneConfig(QuantizationConfigMixin):
             return {"quant_method": self.quant_method, **own, "format_version": self.format_version}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("texts", "delta")}
         values["skip"] = list(self.skip)
+        values["faster_at"] = list(self.faster_at)
+        if not self.faster_at:
+            del values["faster_at"]  # so that a package from before it reads the config
         values["biases"] = list(self.biases)
         values["modules"] = {name: list(entry) for name, entry in self.modules.items()}
         values["shapes"] = {name: list(entry) for name, entry in self.shapes.items()}
@@ -264,6 +272,14 @@ def _strings(name: str, values: object) -> tuple[str, ...]:
     if not all(isinstance(value, str | PathLike) for value in values):
         raise ConfigError(f"{name} must hold strings only: {values!r}")
     return tuple(str(fspath(value)) for value in values)
+
+
+def _token_counts(values: object) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or not all(_is_int(v) and v > 0 for v in values):
+        raise ConfigError(
+            f"faster_at={values!r} must be a list of positive integers: tokens in one call, as in [1, 512]"
+        )
+    return tuple(values)
 
 
 def _check_layer_name(where: str, name: object) -> None:

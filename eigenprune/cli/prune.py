@@ -29,6 +29,10 @@ def prune(
         str, typer.Option(help="What keep is a fraction of: parameters, bytes, flops, or latency (measured here).")
     ] = "parameters",
     min_keep: Annotated[float, typer.Option(help="No layer keeps a smaller fraction than this.")] = 0.0,
+    faster_at: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens in one call at which no layer may be slower than dense, measured here; repeatable."),
+    ] = None,
     texts: Annotated[
         list[Path] | None,
         typer.Option(help="Calibration text (plain, .jsonl with 'text' or 'messages', .gz); repeat for more files."),
@@ -90,6 +94,8 @@ def prune(
 
     - `eigenprune prune ./model --out ./small --keep 0.4 --budget bytes --bits auto --texts my_domain.jsonl`
 
+    - `eigenprune prune ./model --out ./small --keep 0.8 --faster-at 1 --faster-at 512 --texts my_domain.jsonl`
+
     - `eigenprune prune ./model --out ./small --keep 0.6 --layout pair --skip 'layers[.]0[.]' --json`
     """
     from eigenprune.cli.loading import folder_bytes, load_model, load_tokenizer
@@ -106,6 +112,7 @@ def prune(
         rank_multiple=rank_multiple,
         budget=budget,
         min_keep=min_keep,
+        faster_at=tuple(faster_at or ()),
         prior=prior,
         skip=tuple(skip or ()),
         texts=None if texts is None else [str(path) for path in texts],

@@ -24,6 +24,7 @@ from eigenprune.ops.environment import environment
 RANK_STEPS = (1 / 32, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)  # of the smaller side
 COLD_BYTES = 64 << 20  # of weights that are read between two calls of one copy
 MOST_COPIES = 64
+FEW_TOKENS = 16
 ROUNDS = 9
 PICOSECOND = 1e-12
 
@@ -116,7 +117,7 @@ def _median_seconds(makers: Sequence[Callable[[], nn.Module]], x: torch.Tensor) 
     """The median over the rounds of the seconds of one call, each kind in turn in every round."""
     samples: list[list[float]] = [[] for _ in makers]
     with torch.inference_mode():
-        kinds = [[make() for _ in range(_copies(make()))] for make in makers]
+        kinds = [[make() for _ in range(_copies(make(), len(x)))] for make in makers]
         for round_ in range(ROUNDS + 1):
             for copies, kept in zip(kinds, samples, strict=True):
                 seconds = _seconds_a_call(copies, x)
@@ -125,9 +126,10 @@ def _median_seconds(makers: Sequence[Callable[[], nn.Module]], x: torch.Tensor) 
     return [sorted(kept)[len(kept) // 2] for kept in samples]
 
 
-def _copies(layer: nn.Module) -> int:
+def _copies(layer: nn.Module, tokens: int) -> int:
+    """Fewer for many tokens, on which reading a weight is a small part of the work."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
-    return max(2, min(MOST_COPIES, COLD_BYTES // max(1, size)))
+    return max(2, min(MOST_COPIES, COLD_BYTES // max(1, size)) // max(1, tokens // FEW_TOKENS))
 
 
 def _seconds_a_call(copies: Sequence[nn.Module], x: torch.Tensor) -> float:

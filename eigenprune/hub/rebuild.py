@@ -35,6 +35,7 @@ def rebuild_command(facts: CheckpointFacts, base: str) -> str:
     changed = {name: vars(config)[name] for name, usual in others.items() if vars(config)[name] != usual}
     if changed:
         lines.append(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items()))
+    lines += [f"--faster-at {tokens}" for tokens in config.faster_at]
     lines += [f"--texts {shell_word(text)}" for text in texts]
     if calibration and not texts:
         lines.append(f"--calibration {calibration['source']}")

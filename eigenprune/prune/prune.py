@@ -134,7 +134,7 @@ def _compress_(run: Run) -> PruneReport:
         kept = kept_shapes(model, {name: selection.shapes[name] for group in found.kept for name in group.names})
         facts = settings(config, run.allocation)
         report = PruneReport(
-            layers=tuple(layer_reports(selection, found.choices, config.layout, kept)),
+            layers=tuple(layer_reports(selection, found.choices, config, kept)),
             settings=facts if found.gap is None else facts | {"allocation_gap": found.gap},
             calibration={}
             if measured.statistics is None or not run.method.statistics

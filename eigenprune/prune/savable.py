@@ -14,7 +14,7 @@ from eigenprune.layers import Selection, factored_parameters, layer_shape, low_r
 from eigenprune.report import LayerReport, PruneReport, base_facts, versions
 from eigenprune.spectral import Choice
 
-SETTINGS = ("keep", "budget", "min_keep", "prior", "method", "layout", "rank_multiple", "bits", "seed")
+SETTINGS = ("keep", "budget", "min_keep", "faster_at", "prior", "method", "layout", "rank_multiple", "bits", "seed")
 
 
 def settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def settings(config: EigenpruneConfig, allocation: str) -> dict[str, Any]:
 
 
 def layer_reports(
-    selection: Selection, choices: Mapping[str, Choice], layout: str, kept: Mapping[str, tuple[int, int]]
+    selection: Selection, choices: Mapping[str, Choice], config: EigenpruneConfig, kept: Mapping[str, tuple[int, int]]
 ) -> Iterator[LayerReport]:
     """One for every linear layer of the model; `kept` has the shape of what is left of those that lost channels."""
     for name, shape in selection.shapes.items():
@@ -32,12 +32,20 @@ def layer_reports(
         if choice is None:
             yield LayerReport(name, shape, "dense", min(shape), shape[0] * shape[1], None, selection.skipped[name])
         elif choice.rank == 0:
-            reason = "channels removed" if name in kept else "worth all its cost"
+            reason = "channels removed" if name in kept else _dense_reason(choice, config)
             parameters = left[0] * left[1]
             yield LayerReport(name, shape, "dense", min(left), parameters, choice.loss, reason, None, kept.get(name))
         else:
-            parameters = factored_parameters(choice.rank, *left, layout)
-            yield LayerReport(name, shape, layout, choice.rank, parameters, choice.loss, "", None, kept.get(name))
+            parameters = factored_parameters(choice.rank, *left, config.layout)
+            yield LayerReport(
+                name, shape, config.layout, choice.rank, parameters, choice.loss, "", None, kept.get(name)
+            )
+
+
+def _dense_reason(choice: Choice, config: EigenpruneConfig) -> str:
+    if not choice.forced:
+        return "worth all its cost"
+    return "no rank is cheaper and as fast" if config.faster_at else "no rank is cheaper"
 
 
 def kept_shapes(model: nn.Module, dense: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -2,12 +2,12 @@
 """The layers of a channel group as one choice: how many channels stay, and which rank each layer then has."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from eigenprune.spectral.allocation import Choice
+from eigenprune.spectral.allocation import Choice, choice_of
 from eigenprune.spectral.channels import ChannelPlan
 from eigenprune.spectral.worth import Cost, Options, rank_options
 
@@ -40,15 +40,10 @@ class JointOptions:
         The consumer bears the loss of the channels that go.
         """
         if number == 0:
-            dense = self.own[0]
-            return [Choice(0, int(options.costs[-1]), 0.0) for options in dense], None
+            return [choice_of(options, -1) for options in self.own[0]], None
         plan, columns = self.picks[number - 1]
-        found = [
-            Choice(int(options.ranks[i]), int(options.costs[i]), float(options.losses[i]))
-            for options, i in zip(self.own[plan], columns, strict=True)
-        ]
-        last = found[-1]
-        found[-1] = Choice(last.rank, last.cost, last.loss + self.plans[plan].loss)
+        found = [choice_of(options, i) for options, i in zip(self.own[plan], columns, strict=True)]
+        found[-1] = replace(found[-1], loss=found[-1].loss + self.plans[plan].loss)
         return found, self.plans[plan].kept if plan else None
 
 

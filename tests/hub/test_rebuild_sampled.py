@@ -73,6 +73,17 @@ def test_budget_least_keep_prior_and_choice_are_part_of_the_command_and_of_the_r
     assert result["same"], result
 
 
+def test_numbers_of_tokens_that_must_not_be_slower_are_part_of_the_command(pruned: tuple[Path, str]) -> None:
+    folder = edited(pruned[0])
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    assert "faster_at" not in config["quantization_config"]
+    config["quantization_config"]["faster_at"] = [1, 512]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    lines = [line.strip(" \\") for line in rebuild_command(read_facts(folder), "org/base").splitlines()]
+    assert lines.count("--faster-at 1") == lines.count("--faster-at 512") == 1
+
+
 def test_the_card_says_how_the_text_was_sampled(pruned: tuple[Path, str]) -> None:
     folder, source = pruned
     said = "written by the base itself: temperature 1, documents of 32 tokens" in build_card(folder, "org/pruned")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Budgets in bytes, FLOPs and time, and a least keep for every layer, counted on the pruned model itself."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,8 +76,51 @@ def test_no_layer_keeps_less_than_min_keep(cache: Path, method: str) -> None:
 
 
 def test_a_least_keep_above_the_budget_is_a_budget_error(cache: Path) -> None:
-    with pytest.raises(BudgetError, match="or lower rank_multiple or min_keep"):
+    with pytest.raises(BudgetError, match="lower rank_multiple or min_keep, or leave out faster_at"):
         pruned(cache, keep=0.5, min_keep=0.6)
+
+
+def plant(cache: Path, slow: tuple[int, int]) -> None:
+    """In the place of what was measured: factored layers slower from 3/4 of all ranks on, and those of the shape `slow`
+    at all ranks, but only at one of the numbers of tokens."""
+    files = sorted((cache / "layer-times").iterdir())
+    assert len(files) > 3
+    always = [file for file in files if json.loads(file.read_text(encoding="utf-8"))["shape"] == list(slow)]
+    assert len(always) == 2
+    for file in files:
+        times = json.loads(file.read_text(encoding="utf-8"))
+        side = min(times["shape"])
+        ranks = [1, 3 * side // 4, 3 * side // 4 + 1, side]
+        factored = [2.0] * 4 if file == always[0] else [0.5, 1.0, 1.5, 1.5]
+        file.write_text(json.dumps({"shape": times["shape"], "dense": 1.0, "ranks": ranks, "factored": factored}))
+
+
+@pytest.mark.parametrize("method", ["kfac", "kfac-channels"])
+def test_no_layer_is_slower_than_dense_where_faster_at_forbids_it(tmp_path: Path, method: str) -> None:
+    free = pruned(tmp_path, keep=0.8, method=method)[2]
+    assert "faster_at" not in EigenpruneConfig().to_dict()
+    with suppress(BudgetError):  # what was measured, on layers this small, may rule everything out
+        pruned(tmp_path, keep=0.8, method=method, faster_at=[1, 4])
+    slow = next(layer.shape for layer in free.layers if layer.name.endswith("q_proj"))
+    plant(tmp_path, slow)
+    report = pruned(tmp_path, keep=0.8, method=method, faster_at=[1, 4])[2]
+    assert report.settings["faster_at"] == (1, 4)
+    assert 0.78 < report.keep <= 0.8
+    for layer in report.layers:
+        shape = layer.kept_shape or layer.shape
+        if layer.layout == "dense":
+            assert shape != slow or layer.reason == "no rank is cheaper and as fast"
+        else:
+            assert shape != slow
+            assert layer.rank <= 3 * min(shape) // 4
+    assert any(layer.reason == "no rank is cheaper and as fast" for layer in report.layers)
+    assert any(layer.rank > 3 * min(layer.shape) // 4 for layer in free.layers if layer.layout != "dense")
+
+
+@pytest.mark.parametrize("value", [0, "512", [0], [1.0], [True], ["1"], None])
+def test_faster_at_is_a_list_of_token_counts(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"faster_at=.* must be a list of positive integers"):
+        EigenpruneConfig(faster_at=value)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, "0.5", True, None])

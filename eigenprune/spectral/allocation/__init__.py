@@ -4,7 +4,7 @@
 from eigenprune.spectral.allocation.case import Evidence
 from eigenprune.spectral.allocation.probed import ASVD_KEEPS, LEMS_RANK
 from eigenprune.spectral.allocation.rows import ALLOCATIONS, Allocation, AllocationRow, allocate, solve_allocation
-from eigenprune.spectral.allocation.table import Choice
+from eigenprune.spectral.allocation.table import Choice, choice_of
 
 __all__ = [
     "ALLOCATIONS",
@@ -15,5 +15,6 @@ __all__ = [
     "Choice",
     "Evidence",
     "allocate",
+    "choice_of",
     "solve_allocation",
 ]

@@ -13,7 +13,7 @@ from eigenprune.spectral.allocation.heap import least_change, zero_sum
 from eigenprune.spectral.allocation.knapsack import exact_choice
 from eigenprune.spectral.allocation.probed import asvd_search, lems
 from eigenprune.spectral.allocation.shares import energy, fisher, svd_llm_v2, swift, uniform
-from eigenprune.spectral.allocation.table import Choice, Solution, fill, make_table
+from eigenprune.spectral.allocation.table import Choice, Solution, choice_of, fill, make_table
 from eigenprune.spectral.worth import Options
 
 
@@ -89,17 +89,18 @@ def solve_allocation(
         if table.costs.shape[1] == 1:
             raise BudgetError(
                 f"keep={keep:g} cannot be met: in the unit of this budget no rank is cheaper than the dense weights; "
-                "count another budget (parameters, bytes), or lower rank_multiple or min_keep"
+                "count another budget (parameters, bytes), lower rank_multiple or min_keep, or leave out faster_at"
             )
         raise BudgetError(
             f"keep={keep:g} is a budget of {budget:,.0f}, but the smallest ranks take {smallest:,.0f}: "
-            f"keep at least {smallest / float(table.dense.sum()):.4f}, or lower rank_multiple or min_keep"
+            f"keep at least {smallest / float(table.dense.sum()):.4f}, lower rank_multiple or min_keep, or leave out "
+            "faster_at"
         )
     case = Case(options, table, max(budget, smallest), keep, evidence or Evidence())
     solution = ALLOCATIONS[allocation].solve(case)
     choices = {
-        name: Choice(int(o.ranks[i]), int(o.costs[i]), float(o.losses[i]), 0 if o.bits is None else int(o.bits[i]))
-        for (name, o), i in zip(options.items(), solution.chosen.tolist(), strict=True)
+        name: choice_of(own, number)
+        for (name, own), number in zip(options.items(), solution.chosen.tolist(), strict=True)
     }
     return Allocation(choices, solution.bound)
 

@@ -14,13 +14,25 @@ from eigenprune.spectral.worth import Options
 class Choice:
     """What one matrix gets: `rank` (0: dense), its cost in the unit of the budget, the estimated loss, and its bits.
 
-    0 bits stand for floating point, and for what is not chosen here.
+    0 bits stand for floating point, and for what is not chosen here. `forced` says that there was nothing else.
     """
 
     rank: int
     cost: int
     loss: float
     bits: int = 0
+    forced: bool = False
+
+
+def choice_of(options: Options, number: int) -> Choice:
+    """The choice `number` of `options`."""
+    return Choice(
+        rank=int(options.ranks[number]),
+        cost=int(options.costs[number]),
+        loss=float(options.losses[number]),
+        bits=0 if options.bits is None else int(options.bits[number]),
+        forced=len(options.ranks) == 1,
+    )
 
 
 @dataclass(frozen=True)
