@@ -40,6 +40,7 @@ py::dict cpu_features() {
   features["avx2"] = static_cast<bool>(__builtin_cpu_supports("avx2"));
   features["avx512f"] = static_cast<bool>(__builtin_cpu_supports("avx512f"));
   features["avx512_bf16"] = static_cast<bool>(__builtin_cpu_supports("avx512bf16"));
+  features["amd"] = static_cast<bool>(__builtin_cpu_is("amd"));  // whose bfloat16 products are quick without tiles
 #endif
   features["amx_bf16"] = eigenprune::has_amx_bf16();
   return features;

@@ -1,31 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leading singular components by filtered subspace iteration, and how far they are from the best.
+"""The leading singular components from a filtered block Krylov space, and how far they are from the best.
 
 A random block is filtered by Chebyshev polynomials of `A A^T` that are small on the unwanted end of the spectrum (Zhou,
-Saad, Tiago and Chelikowsky, J. Comput. Phys. 219, 2006), orthonormalised by Cholesky-QR, and projected once (Halko,
-Martinsson and Tropp, SIAM Review 53, 2011). Products of the filter run in bfloat16 where the machine is fast at it: an
-error of the subspace enters the result squared. Everything here keeps to [batch, ...] tensors on one device.
+Saad, Tiago and Chelikowsky, J. Comput. Phys. 219, 2006) and orthonormalised by Cholesky-QR. It is the first of a few
+blocks, each `A A^T` times the one before less what lies in all before, and the matrix is projected on them all (Musco
+and Musco, NeurIPS 2015). A block is narrower than the rank: of as many products a Krylov space makes far more than one
+block of the whole width does. Products of the filter and of the first blocks run in bfloat16 where the machine is fast
+at it: an error of the subspace enters the result squared. Everything here keeps to [batch, ...] tensors on one device.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from eigenprune.ops._library import extension_status
 
-# Degree of the filter after one power step, in as few sweeps as `MOST_AMPLIFICATION` allows. Gaussian 1024 x 1024, rank
-# n/16, n/8, n/4: degree 3 leaves an excess of 0.32, 0.37, 0.48 %, degree 4 in one sweep 0.19, 0.21, ..., in two 0.11 to
-# 0.15 %; singular values i^-1/2, degree 4: 0.04, 0.08, 0.27 %.
-LOW_DEGREE, DEGREE = 3, 4
-LOW_BELOW = 1 / 12  # share of the components up to which, at a tolerance from 0.4 %, the first is enough
-MORE_SWEEPS = 2  # in float32, one at a time, while the estimated excess is above the tolerance
+# Gaussian 2048 x 2048, rank n/16, n/8, n/4, excess in %, and columns that A and A^T are multiplied with over the rank:
+#   blocks of 3/8 of the rank, 5 of them, degree 2: 0.81, 0.87, 0.40 (5.25); degree 3: 0.46, 0.36, 0.07 (6)
+#   blocks of 1/2 of the rank, 4 of them, degree 2: 0.52, 0.49, 0.13 (6);    degree 3: 0.30, 0.19, 0.07 (7)
+#   one block of 17/16, power step and degree 3:    0.5 to 0.8 (9.6)
+# svd_lowrank(niter=2) has 6, and leaves 1.7, 2.7 and 3.9 %.
+BLOCK, ALL_BLOCKS = 3 / 8, 15 / 8  # share of the rank
+COLUMNS = 48  # a tile of AVX-512 products: 2048 x 2048 x 48, 56, 96, 104 take MKL 3.7, 5.6, 6.3, 9.5 ms
+DEGREE, LOW_DEGREE = 3, 4
+LOW_BELOW = 0.1  # share of the components up to which the second is needed
+MORE_BLOCKS = 3  # in float32, one at a time, while the estimated excess is above the tolerance
 # Largest amplification between two orthonormalisations. float32 and, since rounding is spread over all directions,
 # bfloat16 stand it: at 1e4 the excess on i^-1/2 is 4 times as large, at 1e10 the block loses directions.
 MOST_AMPLIFICATION = 1e7
-SAMPLED_VECTORS = 64
-SAFETY = 1.5  # the estimate below is a lower bound by Jensen: 0.5 to 0.9 of the truth
+SAMPLED_VECTORS = 32
+SAFETY = (
+    1.4  # over the estimate below, which is 0.7 to 1.3 of the truth, and 0.4 for the first percent of the components
+)
 _PROBE_STEPS = 4
+_PASSES = 5  # of orthogonalisation against all blocks before: one or two, more only where a block breaks down
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -33,37 +44,66 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
     features = extension_status().build.get("cpu_features", {})
-    # AVX-512-BF16: 2.1 times the float32 rate at 2048 x 2048 x 160 to 1056. AVX2 alone is slower than float32.
-    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+    # AVX-512-BF16 of AMD: 2.1 times the float32 rate at 2048 x 2048 x 160 to 1056; of Intel: 0.55 of it. AVX2 alone is
+    # slower than float32.
+    quick = features.get("avx512_bf16") and features.get("amd")
+    return torch.bfloat16 if quick or features.get("amx_bf16") else torch.float32
 
 
 class Subspace:
-    """A subspace of the columns of a [batch, short, long] float32 that sweeps bring nearer to the leading one.
+    """A subspace of the columns of a [batch, short, long] float32, and more of it on demand.
 
     The random start is drawn on the device from a generator of its own and is the same for every matrix.
     """
 
-    def __init__(self, a: Tensor, rank: int, tolerance: float, seed: int) -> None:
-        short = a.shape[1]
-        width = min(short, -(-(rank + 16 + rank // 64) // 16) * 16)  # oversampled; 16 is a tile of bfloat16 kernels
+    def __init__(self, a: Tensor, rank: int, seed: int) -> None:
+        _, short, long = a.shape
+        self._width = min(short, COLUMNS * max(1, round(rank * BLOCK / COLUMNS)))
+        blocks = max(2, math.ceil(rank * ALL_BLOCKS / self._width))
         generator = torch.Generator(device=a.device).manual_seed(seed)
-        start = torch.randn(short, width, generator=generator, device=a.device, dtype=torch.float32)
-        self._a, self._rank, self._low = a, rank, a.to(fast_dtype(a.device))
-        image = _apply_transposed(self._low, start.expand(a.shape[0], -1, -1))
-        self._block = _orthonormal(_apply(self._low, image))
-        left = LOW_DEGREE if tolerance >= 0.004 and rank <= LOW_BELOW * short else DEGREE
+        start = torch.randn(long, self._width, generator=generator, device=a.device, dtype=torch.float32)
+        self._a, self._rank = a, rank
+        self._transposed = _transposed(a)
+        self._low = a.to(fast_dtype(a.device))
+        low_transposed = self._transposed.to(self._low.dtype)
+        block = _orthonormal(_apply(self._low, start.expand(a.shape[0], -1, -1)))
+        left = LOW_DEGREE if rank < LOW_BELOW * short else DEGREE
         while left > 0:
-            self._block, reached = _filter(self._low, self._block, left)
+            block, reached = _filter(self._low, low_transposed, block, left)
             left -= reached
+        # What is in use of the memory for all blocks grows; `refine` takes new memory.
+        self._done, most = 0, min(short, blocks * self._width)
+        self._basis = a.new_empty(a.shape[0], short, most)
+        self._image = a.new_empty(a.shape[0], long, most)  # a^T basis, in float32: the result is made of it
+        self._append(block)
+        for _ in range(blocks - 1):
+            self._extend()
 
-    def refine(self) -> None:
-        """Filter the block once more, in float32: bfloat16 leaves 1e-3 of the norm where the tail is smaller."""
+    def refine(self) -> bool:
+        """One more block, by products in float32: bfloat16 leaves 1e-3 of the norm where the tail is smaller. False
+        when the subspace is the whole space."""
         self._low = self._a
-        self._block = _filter(self._low, self._block, 2)[0]
+        more = min(self._width, self._basis.shape[1] - self._done)
+        self._basis = torch.cat([self._basis, torch.empty_like(self._basis[:, :, :more])], 2)
+        self._image = torch.cat([self._image, torch.empty_like(self._image[:, :, :more])], 2)
+        return self._extend()
 
     def project(self) -> tuple[Tensor, Tensor, Tensor]:
         """left [batch, short, rank], values [batch, rank], right [batch, rank, long]: the best with columns in it."""
-        return _project(self._a, self._block, self._rank)
+        return _project(self._basis, self._image, self._rank)
+
+    def _extend(self) -> bool:
+        width = min(self._width, self._basis.shape[1] - self._done)
+        if width > 0:
+            block = _apply(self._low, self._image[:, :, self._done - width : self._done])
+            self._append(_orthogonal_to(self._basis[:, :, : self._done], block))
+        return width > 0
+
+    def _append(self, block: Tensor) -> None:
+        here = slice(self._done, self._done + block.shape[2])
+        self._basis[:, :, here] = block
+        self._image[:, :, here] = product(self._transposed, block)
+        self._done = here.stop
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
@@ -76,14 +116,18 @@ def _apply(low: Tensor, x: Tensor) -> Tensor:
     return product(low, x.to(low.dtype)).float()
 
 
-def _apply_transposed(low: Tensor, x: Tensor) -> Tensor:
-    return product(low.mT, x.to(low.dtype)).float()
+def _transposed(a: Tensor) -> Tensor:
+    """a^T; on CPU a copy, since a narrow product whose first operand is transposed takes MKL twice as long (2048 x 2048
+    x 56: 9.6 and 4.7 ms; the copy 10 ms, or 27 as one of a batch)."""
+    if a.device.type != "cpu":
+        return a.mT
+    return a[0].T.contiguous().unsqueeze(0) if a.shape[0] == 1 else a.mT.contiguous()
 
 
-def _filter(low: Tensor, block: Tensor, degree: int) -> tuple[Tensor, int]:
+def _filter(low: Tensor, transposed: Tensor, block: Tensor, degree: int) -> tuple[Tensor, int]:
     """The Chebyshev polynomial of `degree`, or of as much of it as `MOST_AMPLIFICATION` allows, on [0, b], b the
-    smallest Ritz value."""
-    image = _apply_transposed(low, block)  # [batch, long, width]
+    smallest Ritz value; transposed is low^T."""
+    image = _apply(transposed, block)  # [batch, long, width]
     smallest, largest = _extremes(product(image.mT, image))
     steepness = float((4 * largest / smallest).amax())  # T_d(2 x - 1) is about (4 x)^d / 2
     now = _apply(low, image)
@@ -93,7 +137,7 @@ def _filter(low: Tensor, block: Tensor, degree: int) -> tuple[Tensor, int]:
     before, now = block, now.sub_(block * (bound / 2)).mul_(2 / bound)  # T_1(2 G / b - 1) X
     reached = 1
     while reached < degree and 0.5 * steepness ** (reached + 1) < MOST_AMPLIFICATION:
-        further = _apply(low, _apply_transposed(low, now))
+        further = _apply(low, _apply(transposed, now))
         before, now = now, further.sub_(now * (bound / 2)).mul_(4 / bound).sub_(before)
         reached += 1
     return _orthonormal(now), reached
@@ -127,28 +171,49 @@ def _orthonormal(block: Tensor) -> Tensor:
     """An orthonormal basis of the columns: Cholesky-QR, a second time where the first was ill-conditioned, Householder
     QR where Cholesky fails."""
     for _ in range(2):
-        block = block / torch.linalg.vector_norm(block, dim=1, keepdim=True).clamp_min(torch.finfo(block.dtype).tiny)
-        factor, info = torch.linalg.cholesky_ex(product(block.mT, block))
-        weakest = factor.diagonal(dim1=1, dim2=2).amin()
-        if bool((info != 0).any()) or not bool(weakest > 1e-3):  # the square of 1e-3 is what float32 still resolves
-            basis: Tensor = torch.linalg.qr(block)[0]
-            return basis
-        block = torch.linalg.solve_triangular(factor.mT, block, upper=True, left=False)
-        if bool(weakest.square() * block.shape[1] > 4):  # orthonormal to u / weakest^2; LAPACK's unit is short u
+        block, weakest = _orthonormal_once(block)
+        if weakest**2 * block.shape[1] > 4:  # orthonormal to u / weakest^2; LAPACK's unit is short u
             break
     return block
 
 
-def _project(a: Tensor, block: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best approximation of a [batch, short, long] whose columns lie in the span of the orthonormal block."""
-    projected = product(block.mT, a)  # [batch, width, long]
-    rotation = torch.linalg.eigh(product(projected, projected.mT))[1][:, :, -rank:].flip(2)
-    left = product(block, rotation)
-    right = product(rotation.mT, projected)
+def _orthonormal_once(block: Tensor) -> tuple[Tensor, float]:
+    """Cholesky-QR, and the smallest part of a column of length 1 that is not in those before. Where that is too small,
+    Householder QR, and 0."""
+    block = block / torch.linalg.vector_norm(block, dim=1, keepdim=True).clamp_min(torch.finfo(block.dtype).tiny)
+    factor, info = torch.linalg.cholesky_ex(product(block.mT, block))
+    weakest = float(factor.diagonal(dim1=1, dim2=2).amin())
+    if bool((info != 0).any()) or not weakest > 1e-3:  # the square of 1e-3 is what float32 still resolves
+        return torch.linalg.qr(block)[0], 0.0
+    return torch.linalg.solve_triangular(factor.mT, block, upper=True, left=False), weakest
+
+
+def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
+    """An orthonormal basis of what the columns of block, as many as fit, add to the orthonormal basis.
+
+    Of a block of which little is new, that little is orthogonal to the basis to u over its share only: it is made
+    orthogonal again, and again where nothing but rounding is new.
+    """
+    for _ in range(_PASSES):
+        before = torch.linalg.vector_norm(block, dim=1)
+        block = block - product(basis, product(basis.mT, block))
+        new = torch.linalg.vector_norm(block, dim=1) / before.clamp_min(torch.finfo(block.dtype).tiny)
+        block, weakest = _orthonormal_once(block)
+        if weakest * min(weakest, float(new.amin())) > 0.05:  # to 20 u; LAPACK's unit is short u
+            return block
+    return torch.linalg.qr(torch.cat([basis, block], 2))[0][:, :, basis.shape[2] :]
+
+
+def _project(basis: Tensor, image: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best approximation of a [batch, short, long] whose columns lie in the span of the orthonormal basis; image is
+    a^T basis."""
+    rotation = torch.linalg.eigh(product(image.mT, image))[1][:, :, -rank:].flip(2)
+    left = product(basis, rotation)
+    right = product(rotation.mT, image.mT)
     values = torch.linalg.vector_norm(right, dim=2)
     # Rows are orthogonal up to u s_1^2 / s_r^2, and LAPACK's unit is long u. Absorbing R of their QR into the values
     # costs u s_1^2 / s_r.
-    if bool((values.amax(1).square() >= max(64, a.shape[2]) * values.amin(1).square()).any()):
+    if bool((values.amax(1).square() >= max(64, image.shape[1] // 2) * values.amin(1).square()).any()):
         q, r = torch.linalg.qr(right.mT)
         diagonal = r.diagonal(dim1=1, dim2=2)
         return left * torch.where(diagonal < 0, -1, 1).unsqueeze(1), diagonal.abs(), q.mT
@@ -160,8 +225,8 @@ def missed_energy(a: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Ten
     subspace would have captured.
 
     To first order in the residual r_i = a v_i - s_i u_i, component i gains the mean of s_i^2 |r_i|^2 / (s_i^2 - lambda)
-    over the eigenvalues lambda that the residual meets; their mean is measured, and at most `SAMPLED_VECTORS` evenly
-    spaced components are looked at.
+    over the eigenvalues lambda that the residual meets. Two steps of Lanczos on a mixture of the residuals give a Gauss
+    quadrature for their distribution; at most `SAMPLED_VECTORS` evenly spaced components are looked at.
     """
     rank = values.shape[1]
     stride = -(-rank // SAMPLED_VECTORS)
@@ -170,12 +235,29 @@ def missed_energy(a: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Ten
     residual = product(a, right.index_select(1, chosen).mT) - left.index_select(2, chosen) * weights
     residual = residual * weights  # of a a^T
     mixing = torch.cos(torch.arange(len(chosen) * 8, device=a.device, dtype=a.dtype).square()).view(-1, 8)  # any signs
-    mixed = (residual @ mixing).mT
-    size = torch.linalg.vector_norm(mixed, dim=(1, 2)).clamp_min(torch.finfo(a.dtype).tiny)
-    met = torch.linalg.vector_norm(product(mixed, a), dim=(1, 2)) / size
-    squares = weights.double().square().squeeze(1)
-    gap = (squares - met.double().square().unsqueeze(1)).clamp_min(1e-300)
-    gap = torch.maximum(gap, 0.02 * squares[:, :1])
-    gained = torch.linalg.vector_norm(residual, dim=1).double().square() / gap.clamp_min(1e-300)
+    nodes, shares = _quadrature(a, left, (residual @ mixing).mT)
+    squares = weights.double().square()  # [batch, 1, chosen]
+    gap = (squares - nodes.unsqueeze(2)).clamp_min(1e-300)  # [batch, 2, chosen]
+    gap = torch.maximum(gap, 0.02 * squares[:, :, :1]).clamp_min(1e-300)
+    gained = torch.linalg.vector_norm(residual, dim=1).double().square() * (shares.unsqueeze(2) / gap).sum(1)
     missed: Tensor = SAFETY * (rank / len(chosen)) * gained.sum(1)
     return missed
+
+
+def _quadrature(a: Tensor, left: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights [batch, 2] float64 of a a^T outside of left, as the rows of start [batch, k, short] meet it."""
+
+    def normed(x: Tensor) -> tuple[Tensor, Tensor]:
+        size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        return x / size.clamp_min(torch.finfo(x.dtype).tiny), size.double().flatten()
+
+    first = normed(start)[0]
+    image = product(first, a)
+    one = torch.linalg.vector_norm(image, dim=(1, 2)).double().square()
+    further = product(image, a.mT) - first * one.to(a.dtype).view(-1, 1, 1)
+    second, beside = normed(further - product(product(further, left), left.mT))
+    two = torch.linalg.vector_norm(product(second, a), dim=(1, 2)).double().square()
+    root = torch.hypot((one - two) / 2, beside)
+    nodes = torch.stack([(one + two) / 2 - root, (one + two) / 2 + root], 1)
+    upper = (0.5 * (1 - (two - one) / (2 * root).clamp_min(1e-300))).clamp(0, 1)
+    return nodes, torch.stack([1 - upper, upper], 1)

@@ -8,6 +8,7 @@ import torch
 
 from eigenprune.errors import WeightError
 from eigenprune.ops import SvdPath, gram_svd, gram_svd_reference, truncated_svd, truncated_svd_reference
+from eigenprune.ops._svd_subspace import _quadrature as quadrature
 from tests.ops.helpers import normal
 from tests.ops.svd_cases import SHAPES, lapack_ratios, spectra, with_spectrum
 
@@ -77,19 +78,19 @@ def test_the_estimated_excess_is_within_a_factor_of_the_true_one(m, n, rank, dec
 
 
 def test_a_tolerance_that_cannot_be_met_is_a_recorded_fallback():
-    a = normal(1000, 1000, dtype=torch.float32)  # flat: all sweeps together leave about 1e-4
-    found = truncated_svd(a, 300, method="subspace", tolerance=1e-6)
+    a = normal(1000, 1000, dtype=torch.float32)  # flat: all blocks together leave about 1e-4
+    found = truncated_svd(a, 100, method="subspace", tolerance=1e-6)
     assert int(found.path) == SvdPath.FALLBACK
     assert float(found.excess) == 0
-    assert torch.equal(found.S, truncated_svd(a, 300, method="exact").S)
-    assert int(truncated_svd(a, 300, tolerance=0).path) == SvdPath.GRAM
+    assert torch.equal(found.S, truncated_svd(a, 100, method="exact").S)
+    assert int(truncated_svd(a, 100, tolerance=0).path) == SvdPath.GRAM
 
 
 def test_only_the_matrices_that_miss_fall_back():
     # One is of rank 8, which the subspace finds to rounding; a flat spectrum leaves an excess.
     low_rank = with_spectrum(1000, 1000, torch.cat([torch.ones(8), torch.zeros(992)]).double())
     batch = torch.stack([low_rank, normal(1000, 1000)]).float()
-    found = truncated_svd(batch, 300, method="subspace", tolerance=1e-6)
+    found = truncated_svd(batch, 100, method="subspace", tolerance=1e-6)
     assert found.path.tolist()[1] == SvdPath.FALLBACK
     assert found.path.tolist()[0] == SvdPath.SUBSPACE
 
@@ -206,3 +207,15 @@ def test_gram_svd_and_its_reference_are_right(route, double, right_decides):
         for i in range(3):
             assert values_error(values[i], torch.linalg.svdvals(a[i].double())) <= (2 if double else 20) * EPS
             assert max(lapack_ratios(a[i], left[i], values[i], right[i])) <= MOST
+
+
+def test_two_eigenvalues_outside_of_the_kept_ones_are_found_with_their_weights():
+    # Two steps of Lanczos on an operator with two eigenvalues are exact: a Gauss quadrature of as many nodes.
+    values = torch.cat([torch.tensor([5.0, 4.0]), torch.full((6,), 2.0), torch.full((22,), 1.0)]).double()
+    a = with_spectrum(30, 40, values).float().unsqueeze(0)
+    left = torch.linalg.svd(a)[0]
+    start = (normal(1, 3, 30, dtype=torch.float32) @ left[:, :, 2:]) @ left[:, :, 2:].mT
+    share = ((start @ left[:, :, 2:8]).norm() / start.norm()).square()
+    nodes, weights = quadrature(a, left[:, :, :2], start)
+    assert torch.allclose(nodes, torch.tensor([[1.0, 4.0]]).double(), atol=64 * 25 * EPS)
+    assert torch.allclose(weights, torch.stack([1 - share, share]).double(), atol=64 * 25 * EPS)
