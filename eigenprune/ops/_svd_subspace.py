@@ -201,7 +201,8 @@ def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
         block, weakest = _orthonormal_once(block)
         if weakest * min(weakest, float(new.amin())) > 0.05:  # to 20 u; LAPACK's unit is short u
             return block
-    return torch.linalg.qr(torch.cat([basis, block], 2))[0][:, :, basis.shape[2] :]
+    completed: Tensor = torch.linalg.qr(torch.cat([basis, block], 2))[0]
+    return completed[:, :, basis.shape[2] :]
 
 
 def _project(basis: Tensor, image: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
