@@ -18,25 +18,21 @@ from torch import Tensor
 
 from eigenprune.ops._library import extension_status
 
-# Gaussian 2048 x 2048, rank n/16, n/8, n/4, excess in %, and columns that A and A^T are multiplied with over the rank:
-#   blocks of 3/8 of the rank, 5 of them, degree 2: 0.81, 0.87, 0.40 (5.25); degree 3: 0.46, 0.36, 0.07 (6)
-#   blocks of 1/2 of the rank, 4 of them, degree 2: 0.52, 0.49, 0.13 (6);    degree 3: 0.30, 0.19, 0.07 (7)
-#   one block of 17/16, power step and degree 3:    0.5 to 0.8 (9.6)
-# svd_lowrank(niter=2) has 6, and leaves 1.7, 2.7 and 3.9 %.
+# More columns in all, and a filter of higher degree, leave less excess and take longer; with these a Gaussian, whose
+# spectrum falls slowly, stays below the default tolerance (`bench_svd.py` reports by how much).
 BLOCK, ALL_BLOCKS = 3 / 8, 15 / 8  # share of the rank
-COLUMNS = 48  # a tile of AVX-512 products: 2048 x 2048 x 48, 56, 96, 104 take MKL 3.7, 5.6, 6.3, 9.5 ms
+COLUMNS = 48  # a tile of AVX-512 products: a few columns above a multiple of it cost MKL much of a whole one
 DEGREE, LOW_DEGREE = 3, 4
 LOW_BELOW = 0.1  # share of the components up to which the second is needed
 MORE_BLOCKS = 3  # in float32, one at a time, while the estimated excess is above the tolerance
 # Largest amplification between two orthonormalisations. float32 and, since rounding is spread over all directions,
-# bfloat16 stand it: at 1e4 the excess on i^-1/2 is 4 times as large, at 1e10 the block loses directions.
+# bfloat16 stand it: much less leaves a larger excess on a spectrum like i^-1/2, much more loses directions.
 MOST_AMPLIFICATION = 1e7
 SAMPLED_VECTORS = 32
-SAFETY = (
-    1.4  # over the estimate below, which is 0.7 to 1.3 of the truth, and 0.4 for the first percent of the components
-)
+SAFETY = 1.4  # over the estimate below, so that it errs upwards: too small an estimate would pass for a met tolerance
 _PROBE_STEPS = 4
 _PASSES = 5  # of orthogonalisation against all blocks before: one or two, more only where a block breaks down
+_UNITS = 2  # of LAPACK's tests of orthogonality, u times the length of a vector; they ask for 35
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -44,8 +40,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
     features = extension_status().build.get("cpu_features", {})
-    # AVX-512-BF16 of AMD: 2.1 times the float32 rate at 2048 x 2048 x 160 to 1056; of Intel: 0.55 of it. AVX2 alone is
-    # slower than float32.
+    # AVX-512-BF16 is quicker than float32 on AMD and slower on Intel, where tiles (AMX) are the quick way; with AVX2
+    # alone it is slower too.
     quick = features.get("avx512_bf16") and features.get("amd")
     return torch.bfloat16 if quick or features.get("amx_bf16") else torch.float32
 
@@ -108,7 +104,7 @@ class Subspace:
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """x @ y, [batch, ...]. For one matrix as a matrix: a batched product whose first operand is transposed takes CPU
-    four times as long (bfloat16, 2048 x 2048 x 160)."""
+    much longer."""
     return torch.mm(x[0], y[0]).unsqueeze(0) if x.shape[0] == 1 else x @ y
 
 
@@ -117,8 +113,8 @@ def _apply(low: Tensor, x: Tensor) -> Tensor:
 
 
 def _transposed(a: Tensor) -> Tensor:
-    """a^T; on CPU a copy, since a narrow product whose first operand is transposed takes MKL twice as long (2048 x 2048
-    x 56: 9.6 and 4.7 ms; the copy 10 ms, or 27 as one of a batch)."""
+    """a^T; on CPU a copy, since a narrow product whose first operand is transposed takes MKL much longer, and there are
+    many of them. One matrix is copied as a matrix, which is quicker."""
     if a.device.type != "cpu":
         return a.mT
     return a[0].T.contiguous().unsqueeze(0) if a.shape[0] == 1 else a.mT.contiguous()
@@ -168,38 +164,54 @@ def _extremes(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(block: Tensor) -> Tensor:
-    """An orthonormal basis of the columns: Cholesky-QR, a second time where the first was ill-conditioned, Householder
-    QR where Cholesky fails."""
-    for _ in range(2):
-        block, weakest = _orthonormal_once(block)
-        if weakest**2 * block.shape[1] > 4:  # orthonormal to u / weakest^2; LAPACK's unit is short u
-            break
-    return block
+    """An orthonormal basis of the columns: Cholesky-QR, a second time where that was not enough."""
+    return _orthogonal_to(block[:, :, :0], block)
 
 
-def _orthonormal_once(block: Tensor) -> tuple[Tensor, float]:
-    """Cholesky-QR, and the smallest part of a column of length 1 that is not in those before. Where that is too small,
-    Householder QR, and 0."""
+def _orthonormal_once(block: Tensor) -> Tensor:
+    """Cholesky-QR; Householder QR where a column of length 1 has too little that is not in those before."""
     block = block / torch.linalg.vector_norm(block, dim=1, keepdim=True).clamp_min(torch.finfo(block.dtype).tiny)
     factor, info = torch.linalg.cholesky_ex(product(block.mT, block))
     weakest = float(factor.diagonal(dim1=1, dim2=2).amin())
     if bool((info != 0).any()) or not weakest > 1e-3:  # the square of 1e-3 is what float32 still resolves
-        return torch.linalg.qr(block)[0], 0.0
-    return torch.linalg.solve_triangular(factor.mT, block, upper=True, left=False), weakest
+        householder: Tensor = torch.linalg.qr(block)[0]
+        return householder
+    return torch.linalg.solve_triangular(factor.mT, block, upper=True, left=False)
+
+
+def _departure(basis: Tensor, block: Tensor) -> float:
+    """About the 1-norm of E = [basis, block]^T block - [0, I]^T in units of u, the largest of the batch.
+
+    A column of E whose entries have no order has a 1-norm of up to its length^1/2 2-norms; the 2-norms are those of the
+    rows of E^T times a few random vectors. No diagonal of a triangular factor tells them: of columns that fill most of
+    the dimensions that are left, the smallest singular value is far below the smallest diagonal entry.
+    """
+    done = basis.shape[2]
+    mixing = _mixing(done + block.shape[2], block)
+    mixed = product(block, mixing[done:].expand(block.shape[0], -1, -1))
+    if done > 0:
+        mixed = mixed + product(basis, mixing[:done].expand(block.shape[0], -1, -1))
+    rest = torch.linalg.vector_norm(product(block.mT, mixed) - mixing[done:], dim=2).amax()
+    return float(rest) * (len(mixing) / mixing.shape[1]) ** 0.5 / torch.finfo(block.dtype).eps
+
+
+def _mixing(count: int, like: Tensor) -> Tensor:
+    """[count, 8] without order, of mean square 1: the same on every call."""
+    return torch.cos(torch.arange(count * 8, device=like.device, dtype=like.dtype).square()).view(-1, 8) * 2**0.5
 
 
 def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
     """An orthonormal basis of what the columns of block, as many as fit, add to the orthonormal basis.
 
-    Of a block of which little is new, that little is orthogonal to the basis to u over its share only: it is made
-    orthogonal again, and again where nothing but rounding is new.
+    Of a block of which little is new, or whose columns nearly depend on each other, what is new is orthogonal to the
+    basis, and to itself, to u over its share only: it is made orthogonal again until the departure that is measured is
+    one that LAPACK's tests would call small. Where nothing but rounding is new, Householder QR completes the basis.
     """
     for _ in range(_PASSES):
-        before = torch.linalg.vector_norm(block, dim=1)
-        block = block - product(basis, product(basis.mT, block))
-        new = torch.linalg.vector_norm(block, dim=1) / before.clamp_min(torch.finfo(block.dtype).tiny)
-        block, weakest = _orthonormal_once(block)
-        if weakest * min(weakest, float(new.amin())) > 0.05:  # to 20 u; LAPACK's unit is short u
+        if basis.shape[2] > 0:
+            block = block - product(basis, product(basis.mT, block))
+        block = _orthonormal_once(block)
+        if _departure(basis, block) <= _UNITS * block.shape[1]:
             return block
     completed: Tensor = torch.linalg.qr(torch.cat([basis, block], 2))[0]
     return completed[:, :, basis.shape[2] :]
@@ -212,13 +224,15 @@ def _project(basis: Tensor, image: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     left = product(basis, rotation)
     right = product(rotation.mT, image.mT)
     values = torch.linalg.vector_norm(right, dim=2)
-    # Rows are orthogonal up to u s_1^2 / s_r^2, and LAPACK's unit is long u. Absorbing R of their QR into the values
-    # costs u s_1^2 / s_r.
-    if bool((values.amax(1).square() >= max(64, image.shape[1] // 2) * values.amin(1).square()).any()):
+    # Rows i and j are orthogonal up to u s_1^2 / (s_i s_j), by the error of eigenvectors. What that adds up to depends
+    # on the whole spectrum, not on s_1 / s_r alone: it is measured. 0 / 0 is no number, and asks for QR. Absorbing R
+    # into the values costs u s_1^2 / s_r.
+    unit = right / values.unsqueeze(2)
+    if not _departure(unit.mT[:, :, :0], unit.mT) <= _UNITS * image.shape[1]:
         q, r = torch.linalg.qr(right.mT)
         diagonal = r.diagonal(dim1=1, dim2=2)
         return left * torch.where(diagonal < 0, -1, 1).unsqueeze(1), diagonal.abs(), q.mT
-    return left, values, right / values.unsqueeze(2)
+    return left, values, unit
 
 
 def missed_energy(a: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
@@ -235,8 +249,7 @@ def missed_energy(a: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Ten
     weights = values.index_select(1, chosen).unsqueeze(1)  # [batch, 1, chosen]
     residual = product(a, right.index_select(1, chosen).mT) - left.index_select(2, chosen) * weights
     residual = residual * weights  # of a a^T
-    mixing = torch.cos(torch.arange(len(chosen) * 8, device=a.device, dtype=a.dtype).square()).view(-1, 8)  # any signs
-    nodes, shares = _quadrature(a, left, (residual @ mixing).mT)
+    nodes, shares = _quadrature(a, left, (residual @ _mixing(len(chosen), a)).mT)
     squares = weights.double().square()  # [batch, 1, chosen]
     gap = (squares - nodes.unsqueeze(2)).clamp_min(1e-300)  # [batch, 2, chosen]
     gap = torch.maximum(gap, 0.02 * squares[:, :, :1]).clamp_min(1e-300)

@@ -209,6 +209,15 @@ def test_gram_svd_and_its_reference_are_right(route, double, right_decides):
             assert max(lapack_ratios(a[i], left[i], values[i], right[i])) <= MOST
 
 
+@pytest.mark.parametrize("kind", ["two clusters", "linear", "equal", "power 1/2"])
+@pytest.mark.parametrize("rank", [75, 150, 300])
+def test_the_subspace_stays_orthogonal_where_its_blocks_fill_most_of_the_space(kind, rank):
+    # The last block nearly depends on those before: one pass left 40 units on the left of the two clusters.
+    a = with_spectrum(300, 300, spectra(300)[kind]).float()
+    found = truncated_svd(a, rank, method="subspace")
+    assert max(lapack_ratios(a, found.U, found.S, found.Vh)[1:]) <= MOST
+
+
 def test_two_eigenvalues_outside_of_the_kept_ones_are_found_with_their_weights():
     # Two steps of Lanczos on an operator with two eigenvalues are exact: a Gauss quadrature of as many nodes.
     values = torch.cat([torch.tensor([5.0, 4.0]), torch.full((6,), 2.0), torch.full((22,), 1.0)]).double()
