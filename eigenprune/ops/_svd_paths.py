@@ -141,7 +141,7 @@ def _approximate(
 
 def _scaled(a: Tensor) -> tuple[Tensor, Tensor]:
     """a times a power of two for every matrix, such that squares stay in range, and what undoes it [batch] float64."""
-    # A norm takes a fifth of the time of a maximum, and says that entries are harmless where they are.
+    # A norm is read faster than a maximum, and says that entries are harmless where they are.
     norm = torch.linalg.vector_norm(a.flatten(1), dim=1)
     if bool(((norm < 2.0**15) & (norm > 2.0**-15 * a[0].numel() ** 0.5)).all()):
         return a, torch.ones_like(norm, dtype=torch.float64)

@@ -182,8 +182,8 @@ def _shaped(result: Sequence[Tensor], a: Tensor, vectors: bool) -> _Outputs:
 
 
 def _check_finite(wide: Tensor) -> None:
-    """NaN wins a maximum, so the largest magnitude of every matrix says all. A norm, which takes a fifth of the time,
-    says it too where it does not overflow."""
+    """NaN wins a maximum, so the largest magnitude of every matrix says all. A norm, which is faster, says it too where
+    it does not overflow."""
     if bool(torch.isfinite(torch.linalg.vector_norm(wide.flatten(1), dim=1)).all()):
         return
     bad = (~torch.isfinite(largest_entry(wide))).nonzero().flatten().tolist()
