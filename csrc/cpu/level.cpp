@@ -72,6 +72,15 @@ bool has_amx_bf16() {
 #endif
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 const char* cpu_level_name() { return kNames[static_cast<int>(cpu_level())]; }
 
 }  // namespace eigenprune

@@ -13,6 +13,9 @@ CpuLevel cpu_level();
 // that the operating system lets this process do it.
 bool has_amx_bf16();
 
+// Whether Intel made it: torch's float32 products come from Intel's own library, and run at full speed there alone.
+bool is_intel();
+
 // "plain", "avx2", "avx512", "avx512_bf16" or "amx": also the values of the variable.
 const char* cpu_level_name();
 

@@ -8,6 +8,9 @@ namespace eigenprune {
 namespace {
 
 constexpr int64_t kMaxPairRows = 1024;  // above, torch's bfloat16 products are quicker than panels; its others never
+// float32 with 512 rows, on two threads over the shapes of bench_linear.py: panels 158 to 234 GF/s, torch's products on Intel
+// 220 to 289, the pass that merges pivots included; on AMD they are slower than panels. At 48 rows both are as fast.
+constexpr int64_t kMaxPanelRowsOnIntel = 48;
 // One row: dots and tiles read weights about equally fast. Four rows, keep 0.9: tiles read 7 to 19 GB/s over the shapes of
 // bench_linear.py, dots (with EIGENPRUNE_CPU_KERNELS=avx512_bf16) 5 to 14, and less than tiles in every one of them.
 constexpr int64_t kMaxRowsBesideTiles = 1;
@@ -20,6 +23,7 @@ LinearPath linear_path(Element element, int64_t rows, int64_t in, int64_t rank) 
   if (element == Element::kBFloat16 && level >= CpuLevel::kAmx && rows > kMaxRowsBesideTiles) return LinearPath::kTiles;
   if (rows <= kMaxDotRows) return LinearPath::kDots;
   if (level < CpuLevel::kAvx512) return LinearPath::kTorch;
+  if (element == Element::kFloat32 && rows > kMaxPanelRowsOnIntel && is_intel()) return LinearPath::kTorch;
   if (element != Element::kBFloat16 || level < CpuLevel::kAvx512Bf16) return LinearPath::kPanels;
   const bool has_pairs = in % 2 == 0 && rank % 2 == 0;  // panels of bfloat16 take two elements at a time
   return rows <= kMaxPairRows && has_pairs ? LinearPath::kPanels : LinearPath::kTorch;

@@ -31,8 +31,9 @@ def low_rank_linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None 
 
     Returns:
         [..., out], dtype and device of x. Differentiable in every argument; a gradient keeps x and the product
-        of rank columns, as two `nn.Linear` do. Under autocast the inputs are cast first. On CPU, where no
-        gradient is wanted, sums are kept in float32 and the result is the same for any number of threads.
+        of rank columns, as two `nn.Linear` do. Under autocast the inputs are cast first. Without a
+        gradient and where this package's CPU kernels compute (`python -m eigenprune` says where), sums are kept in
+        float32 and the result is the same for any number of threads.
 
     Raises:
         RuntimeError: shapes that do not fit, mixed dtypes or devices; the text names the operator and both

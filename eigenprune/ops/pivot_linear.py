@@ -39,8 +39,9 @@ def pivot_linear(x: Tensor, right: Tensor, left: Tensor, pivots: Tensor, bias: T
 
     Returns:
         [..., out], dtype and device of x. Differentiable in x, right, left and bias. Under autocast the
-        floating point inputs are cast first. On CPU, where no gradient is wanted, sums are kept in float32 and
-        the result is the same for any number of threads.
+        floating point inputs are cast first. Without a gradient and where this package's CPU kernels compute
+        (`python -m eigenprune` says where), sums are kept in float32 and the result is the same for any number
+        of threads.
 
     Raises:
         RuntimeError: shapes that do not fit, mixed dtypes or devices, pivots out of range or repeated; the
