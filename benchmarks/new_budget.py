@@ -6,6 +6,7 @@ cache yet, by pruning once; this run is kept too. Then for every other keep a fr
 whole of `prune_` is timed.
 
     python benchmarks/new_budget.py
+    python benchmarks/new_budget.py --method kfac-channels --layouts pivot
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> None:
     """Prune at every keep, and write a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", nargs="*", type=float, default=list(KEEP))
+    parser.add_argument("--method", default="kfac")
     parser.add_argument("--layouts", nargs="*", default=["pivot", "pair"])
     parser.add_argument("--models", type=Path, default=ROOT / ".models", help="where the model is kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -49,9 +51,10 @@ def main() -> None:
                 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
                 had = len(list(default_cache_dir().glob("components-*/*.safetensors")))
                 began = time.perf_counter()
-                config = EigenpruneConfig(keep=keep, layout=layout)
+                config = EigenpruneConfig(keep=keep, layout=layout, method=options.method)
                 report = prune_(model, config, windows=windows, restore_on_error=False, progress=False)
                 row = {
+                    "method": options.method,  # rows without this: kfac
                     "layout": layout,
                     "keep": keep,
                     "total_seconds": time.perf_counter() - began,

@@ -21,6 +21,7 @@ from eigenprune.ops._library import extension_status
 # More columns in all, and a filter of higher degree, leave less excess and take longer; with these a Gaussian, whose
 # spectrum falls slowly, stays below the default tolerance (`bench_svd.py` reports by how much).
 BLOCK, ALL_BLOCKS = 3 / 8, 15 / 8  # share of the rank
+FEW = 0.2  # share of the components up to which one block more saves a projection that would be made in vain
 COLUMNS = 48  # a tile of AVX-512 products: a few columns above a multiple of it cost MKL much of a whole one
 DEGREE, LOW_DEGREE = 3, 4
 LOW_BELOW = 0.1  # share of the components up to which the second is needed
@@ -63,10 +64,11 @@ class Subspace:
         self._low = a.to(fast_dtype(a.device))
         low_transposed = self._transposed.to(self._low.dtype)
         block = _orthonormal(_apply(self._low, start.expand(a.shape[0], -1, -1)))
-        left = LOW_DEGREE if rank < LOW_BELOW * short else DEGREE
+        left, steps = LOW_DEGREE if rank < LOW_BELOW * short else DEGREE, 0
         while left > 0:
             block, reached = _filter(self._low, low_transposed, block, left)
-            left -= reached
+            left, steps = left - reached, steps + 1
+        blocks += steps > 1 or rank < FEW * short  # or a steep spectrum, on which the filter has done less
         # What is in use of the memory for all blocks grows; `refine` takes new memory.
         self._done, most = 0, min(short, blocks * self._width)
         self._basis = a.new_empty(a.shape[0], short, most)

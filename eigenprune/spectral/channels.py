@@ -151,11 +151,11 @@ class _Grams:
             name: (self.weights[name][kept], Metric(square_root(self.outputs[name][kept][:, kept]), self.shared))
             for name in self.group.producers
         }
-        inside = self.inputs[kept][:, kept]
+        inside = square_root(self.inputs[kept][:, kept])
         weight = self.weights[self.group.consumer]
         if len(kept) < weight.shape[1]:
-            weight = torch.linalg.solve(inside, (weight @ self.inputs[:, kept]).t()).t()
-        found[self.group.consumer] = (weight, Metric(self.after, square_root(inside)))
+            weight = inside.gram_solve((weight @ self.inputs[:, kept]).t()).t()
+        found[self.group.consumer] = (weight, Metric(self.after, inside))
         return found
 
 
