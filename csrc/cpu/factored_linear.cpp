@@ -54,18 +54,6 @@ void cut_units(
   }
 }
 
-// The same units in another order: threads that take one each are far apart. Each then reads its own stretch of the
-// weights, and none writes into a cache line of y that another is writing into.
-std::vector<Unit> spread(const std::vector<Unit>& units, size_t threads) {
-  const size_t stretch = (units.size() + threads - 1) / threads;
-  std::vector<Unit> spread;
-  spread.reserve(units.size());
-  for (size_t place = 0; place < stretch; ++place) {
-    for (size_t i = place; i < units.size(); i += stretch) spread.push_back(units[i]);
-  }
-  return spread;
-}
-
 // T: dtype of the tensors. X: dtype of what the kernel multiplies with the weights, float or T.
 template <typename T, typename X>
 class FactoredLinear {
@@ -101,12 +89,12 @@ class FactoredLinear {
 
   void run() {
     const int64_t threads = weight_bytes_ * rows_ < kSerialBytes ? 1 : torch::stable::get_num_threads();
-    const std::vector<Unit> right_units = spread(right_units_, threads), left_units = spread(left_units_, threads);
-    Ticket first(right_units.size()), second(left_units.size());
-    const auto both_products = [&](int64_t, int64_t) {
-      first.work_off([&](int64_t i) { right_product(right_units[i]); });
+    // A stretch for each thread: none writes into a cache line of y that another is writing into, either.
+    Ticket first(right_units_.size(), threads), second(left_units_.size(), threads);
+    const auto both_products = [&](int64_t thread, int64_t) {
+      first.work_off([&](int64_t i) { right_product(right_units_[i]); }, thread);
       first.wait();
-      second.work_off([&](int64_t i) { left_product(left_units[i]); });
+      second.work_off([&](int64_t i) { left_product(left_units_[i]); }, thread);
     };
     if (threads == 1) {
       both_products(0, 1);
