@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenprune.calibrate import Statistics
-from eigenprune.errors import ConfigError, WeightError
+from eigenprune.errors import CalibrationError, ConfigError, WeightError
 from eigenprune.layers import (
     LowRankLinear,
     dense_like,
@@ -130,7 +130,8 @@ def truncate_merged_(
 
     Raises:
         ConfigError: no layer was merged, a name is not that of a linear layer, or adapters are still around a layer.
-        CalibrationError: the statistics do not hold what the method needs.
+        CalibrationError: the statistics do not hold what the method needs, or are of a layer that has lost hidden
+            channels since (method `kfac-channels`).
     """
     wanted = _ranks_before_merge(model) if ranks is None else dict(ranks)
     if not wanted:
@@ -138,16 +139,19 @@ def truncate_merged_(
     layers = {name: _mergeable(model, name) for name in wanted}
     if min(wanted.values()) < 1:
         raise ConfigError(f"a rank must be at least 1, not {min(wanted.values())}")
+    found = {}  # all before any is replaced: an error leaves the model as it was
     for name, layer in layers.items():
         stored, rank = _stored(layer), wanted[name]
         if rank >= stored.rank:
             continue
         metric = Metric() if statistics is None else layer_metric(find_method(method), statistics, name)
+        _check_sides(name, stored.weight, metric)
         left, right = components(stored.weight, metric, rank).truncated(rank)
         old_layout = getattr(layer, MARK, (stored.layout, 0))[0]
         layout = merged_layout(rank, stored.weight.shape[0], stored.weight.shape[1], old_layout)
-        new = _layer(left, right, layout, stored.bias, stored.conv1d, stored.dtype)
-        replace_module_(model, name, _like(new, layer))
+        found[name] = _like(_layer(left, right, layout, stored.bias, stored.conv1d, stored.dtype), layer)
+    for name, new in found.items():
+        replace_module_(model, name, new)
     return model
 
 
@@ -237,6 +241,15 @@ def _mergeable(model: nn.Module, name: str) -> nn.Module:
     if any(is_quantised(part.get_parameter("weight")) for part in parts):
         raise ConfigError(f"{name} is quantised: dequantize_ the model, truncate it, and quantise it again")
     return layer
+
+
+def _check_sides(name: str, weight: Tensor, metric: Metric) -> None:
+    for root, size, side in ((metric.output, weight.shape[0], "outputs"), (metric.inner, weight.shape[1], "inputs")):
+        if root.size not in (None, size):
+            raise CalibrationError(
+                f"{name} has {size} {side}, and the statistics are of {root.size}: it has lost hidden channels since. "
+                "Truncate without statistics"
+            )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,12 @@ class Root:
     scale: Tensor | None = None
     lower: bool = False
 
+    @property
+    def size(self) -> int | None:
+        """n; None for the identity, which fits all."""
+        given = self.scale if self.matrix is None else self.matrix
+        return None if given is None else len(given)
+
     def right_multiply(self, weight: Tensor) -> Tensor:
         """weight [m, n] @ root."""
         if self.matrix is not None:

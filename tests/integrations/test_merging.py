@@ -20,6 +20,7 @@ from eigenprune.integrations.merging import (
 )
 from eigenprune.layers import LAYOUTS, LowRankLinear, factored_parameters, low_rank_layers, select_layers
 from eigenprune.spectral import pivot_factors
+from tests.helpers.pruned import picture, pruned_by
 from tests.helpers.tiny_models import logits, tiny_model, token_windows
 
 OUT, IN, RANK, ADDED = 24, 18, 7, 3
@@ -258,3 +259,18 @@ def test_truncation_of_what_cannot_be_truncated_is_refused() -> None:
     statistics = collect_statistics(dense, token_windows(), chosen, progress=False)
     with pytest.raises(CalibrationError, match=name):
         truncate_merged_(merged, statistics=statistics)
+
+
+def test_statistics_of_layers_that_have_lost_channels_since_are_refused_and_nothing_is_changed() -> None:
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    statistics = collect_statistics(dense, token_windows(), select_layers(dense).chosen, progress=False)
+    report = pruned_by(model, method="kfac-channels", keep=0.5)
+    narrowed = [found.name for found in report.layers if found.kept_shape is not None]
+    ranks = dict.fromkeys(low_rank_layers(model), 2) | dict.fromkeys(narrowed, 2)
+    before = picture(model)
+    with pytest.raises(CalibrationError, match=r"has \d+ (in|out)puts, and the statistics are of \d+: it has lost"):
+        truncate_merged_(model, ranks, statistics=statistics)
+    assert picture(model) == before
+    truncate_merged_(model, ranks)
+    assert {layer.rank for layer in low_rank_layers(model).values()} == {2}
+    assert torch.isfinite(logits(model)).all()
