@@ -178,7 +178,8 @@ def _orthonormal_once(block: Tensor) -> Tensor:
     if bool((info != 0).any()) or not weakest > 1e-3:  # the square of 1e-3 is what float32 still resolves
         householder: Tensor = torch.linalg.qr(block)[0]
         return householder
-    return torch.linalg.solve_triangular(factor.mT, block, upper=True, left=False)
+    solved: Tensor = torch.linalg.solve_triangular(factor.mT, block, upper=True, left=False)
+    return solved
 
 
 def _departure(basis: Tensor, block: Tensor) -> float:
@@ -194,7 +195,7 @@ def _departure(basis: Tensor, block: Tensor) -> float:
     if done > 0:
         mixed = mixed + product(basis, mixing[:done].expand(block.shape[0], -1, -1))
     rest = torch.linalg.vector_norm(product(block.mT, mixed) - mixing[done:], dim=2).amax()
-    return float(rest) * (len(mixing) / mixing.shape[1]) ** 0.5 / torch.finfo(block.dtype).eps
+    return float(rest) * math.sqrt(len(mixing) / mixing.shape[1]) / torch.finfo(block.dtype).eps
 
 
 def _mixing(count: int, like: Tensor) -> Tensor:
