@@ -8,8 +8,8 @@ namespace eigenprune {
 namespace {
 
 constexpr int64_t kMaxPairRows = 1024;  // above, torch's bfloat16 products are quicker than panels; its others never
-// float32 with 512 rows, on two threads over the shapes of bench_linear.py: panels 158 to 234 GF/s, torch's products on Intel
-// 220 to 289, the pass that merges pivots included; on AMD they are slower than panels. At 48 rows both are as fast.
+// float32 with many rows: on Intel torch's products (165 to 283 GF/s with 512 rows, benchmarks/results/linear_intel.jsonl) are
+// quicker than panels, even with the pass that merges pivots; about as quick at 48 rows; and slower on AMD.
 constexpr int64_t kMaxPanelRowsOnIntel = 48;
 // One row: dots and tiles read weights about equally fast. Four rows, keep 0.9: tiles read 7 to 19 GB/s over the shapes of
 // bench_linear.py, dots (with EIGENPRUNE_CPU_KERNELS=avx512_bf16) 5 to 14, and less than tiles in every one of them.
